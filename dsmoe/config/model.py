@@ -1,0 +1,204 @@
+"""The model's configuration: one architecture that config turns into a dense twin, an SMoE or a DS-MoE."""
+
+from typing import Any
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+from dsmoe.config.routing import is_dense, policies_per_layer
+from dsmoe.errors import UserError
+
+KINDS = ("dense", "smoe", "dsmoe")
+MLP_TYPES = ("swiglu", "gelu")
+QK_NORMS = ("none", "full", "per_head")
+ROUTER_TYPES = ("linear", "mlp")
+GATE_NORMALIZATIONS = ("softmax", "l2", "renormalized")
+
+
+@strict
+class DSMoEConfig(PreTrainedConfig):
+    """Configuration of `DSMoEForCausalLM` (model_type "dsmoe").
+
+    Args:
+        kind: "dense" (the twin: one MLP), "smoe" (trained sparsely) or "dsmoe" (trained densely, run sparsely).
+        vocab_size: entries of the embedding table.
+        hidden_size: width of the residual stream.
+        intermediate_size: hidden units of all MLP experts of a layer together, equal to the dense twin's.
+        moe_intermediate_size: hidden units of one expert; null: intermediate_size / num_experts.
+        num_hidden_layers: decoder layers.
+        num_experts: MLP experts of a layer; a dense twin has 1.
+        mlp_type: "swiglu" (three matrices) or "gelu" (two matrices, as in the paper).
+        num_attention_heads: query heads of a layer, over all attention experts together.
+        num_key_value_heads: key/value heads; null: num_attention_heads without attention experts, otherwise
+            the heads of one expert, which is then the only possible value.
+        head_dim: width of a head; null: hidden_size / num_attention_heads.
+        num_attention_experts: 1 is ordinary attention; more make it a mixture of attention heads (MoA): every
+            expert has its own query and output projections, keys and values are shared.
+        qk_norm: RMSNorm of queries and keys: "none", "full" (over all heads, as OLMoE) or "per_head" (as Qwen3).
+        router_type: "linear", or "mlp" (one hidden layer of SiLU units).
+        router_hidden_size: hidden units of an MLP router; 0 for a linear one.
+        gate_normalization: how gates follow from p, the softmax over all N experts: "softmax": scale * p;
+            "l2": scale * p / ||p||; "renormalized": scale * p / (sum of p over the kept experts).
+        mlp_gate_scale: the scale above for MLP experts; null: N ("softmax" and "renormalized"; in an SMoE with
+            "renormalized" the k of its top_k policy), sqrt(N) ("l2"). With it the layer of a uniform router
+            equals the dense twin's.
+        attention_gate_scale: the same for attention experts.
+        mlp_routing: the routing policy of the MLP experts (see `dsmoe.config.routing`): a dict for all layers
+            or a list with one dict per layer.
+        attention_routing: the same for the attention experts.
+        normalize_embeddings: divide each token's embedding by its root mean square.
+        tie_word_embeddings: use the embedding table as output projection.
+        max_position_embeddings: longest context.
+        rope_theta: base of the rotary embedding (kept in `rope_parameters`).
+        rms_norm_eps: epsilon of every RMSNorm.
+        initializer_range: standard deviation of initial weights; projections back into the residual stream
+            (o_proj, down_proj) get it divided by sqrt(2 * num_hidden_layers).
+
+    Raises:
+        UserError: an impossible combination; the message names the field.
+    """
+
+    model_type = "dsmoe"
+    keys_to_ignore_at_inference = ["past_key_values"]  # noqa: RUF012 (transformers' own form)
+
+    kind: str = "dsmoe"
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    intermediate_size: int = 1024
+    moe_intermediate_size: int | None = None
+    num_hidden_layers: int = 4
+    num_experts: int = 16
+    mlp_type: str = "swiglu"
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    num_attention_experts: int = 1
+    qk_norm: str = "full"
+    router_type: str = "linear"
+    router_hidden_size: int = 0
+    gate_normalization: str = "softmax"
+    mlp_gate_scale: float | None = None
+    attention_gate_scale: float | None = None
+    mlp_routing: list | dict | None = None
+    attention_routing: list | dict | None = None
+    normalize_embeddings: bool = False
+    tie_word_embeddings: bool = True
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rope_parameters: dict | None = None
+    rms_norm_eps: float = 1e-5
+    initializer_range: float = 0.02
+    use_cache: bool = True
+    bos_token_id: int | None = None
+    eos_token_id: int | None = None
+    pad_token_id: int | None = None
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        """Derive what is null and check the whole."""
+        for name, known in (
+            ("kind", KINDS),
+            ("mlp_type", MLP_TYPES),
+            ("qk_norm", QK_NORMS),
+            ("router_type", ROUTER_TYPES),
+            ("gate_normalization", GATE_NORMALIZATIONS),
+        ):
+            if getattr(self, name) not in known:
+                raise UserError(f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
+        for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_experts",
+                     "num_attention_heads", "num_attention_experts", "max_position_embeddings"):  # fmt: skip
+            if getattr(self, name) < 1:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        self._derive_sizes()
+        if self.rope_parameters is None:
+            self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta}
+        else:
+            self.rope_theta = float(self.rope_parameters.get("rope_theta", self.rope_theta))
+        self.mlp_routing = policies_per_layer(
+            self.mlp_routing, self.num_hidden_layers, self.num_experts, "model.mlp_routing"
+        )
+        self.attention_routing = policies_per_layer(
+            self.attention_routing, self.num_hidden_layers, self.num_attention_experts, "model.attention_routing"
+        )
+        self._check_kind()
+        self._derive_gate_scales()
+        super().__post_init__(**kwargs)
+
+    def _derive_sizes(self) -> None:
+        if self.moe_intermediate_size is None:
+            self.moe_intermediate_size = _divided(self, "intermediate_size", "num_experts")
+        if self.moe_intermediate_size * self.num_experts != self.intermediate_size:
+            raise UserError(
+                f"model.moe_intermediate_size {self.moe_intermediate_size} times num_experts {self.num_experts} is not "
+                f"intermediate_size {self.intermediate_size}; leave moe_intermediate_size out to derive it"
+            )
+        if self.head_dim is None:
+            self.head_dim = _divided(self, "hidden_size", "num_attention_heads")
+        if self.head_dim % 2:
+            raise UserError(f"model.head_dim is {self.head_dim}; rotary embeddings need an even one")
+        heads_per_expert = _divided(self, "num_attention_heads", "num_attention_experts")
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = heads_per_expert
+        if self.num_attention_experts > 1 and self.num_key_value_heads != heads_per_expert:
+            raise UserError(
+                f"model.num_key_value_heads is {self.num_key_value_heads}; with attention experts head j of each expert "
+                f"reads KV head j, so it must be num_attention_heads / num_attention_experts = {heads_per_expert}"
+            )
+        _divided(self, "num_attention_heads", "num_key_value_heads")
+        if self.num_attention_experts > 1 and self.qk_norm == "full":
+            raise UserError(
+                "model.qk_norm 'full' normalises over all attention experts, so a token could not skip any; "
+                "use 'per_head' or 'none' when num_attention_experts is above 1"
+            )
+        if (self.router_type == "mlp") != (self.router_hidden_size > 0):
+            raise UserError(
+                f"model.router_hidden_size is {self.router_hidden_size} for router_type {self.router_type!r}; "
+                "an mlp router needs one above 0, a linear router 0"
+            )
+
+    def _derive_gate_scales(self) -> None:
+        # Kept as numbers: a policy that the sparsifier changes later must not change the scale.
+        for part, num_experts in (("mlp", self.num_experts), ("attention", self.num_attention_experts)):
+            name = f"{part}_gate_scale"
+            if getattr(self, name) is not None:
+                continue
+            scale = float(num_experts)
+            if self.gate_normalization == "l2":
+                scale = num_experts**0.5
+            elif self.gate_normalization == "renormalized" and self.kind == "smoe":
+                ks = {policy["k"] for policy in self.mlp_routing if policy["policy"] == "top_k"}
+                if part == "mlp" and len(ks) == 1:
+                    scale = float(ks.pop())
+            setattr(self, name, scale)
+
+    def _check_kind(self) -> None:
+        if self.kind == "dense" and (self.num_experts > 1 or self.num_attention_experts > 1):
+            raise UserError(
+                f"model.kind 'dense' has num_experts {self.num_experts} and num_attention_experts "
+                f"{self.num_attention_experts}; a dense model has 1 of each"
+            )
+        if self.kind != "dense" and self.num_experts == 1 and self.num_attention_experts == 1:
+            raise UserError(f"model.kind {self.kind!r} needs num_experts or num_attention_experts above 1")
+        if self.kind == "smoe" and any(policy["policy"] == "dense" for policy in self.mlp_routing):
+            raise UserError(
+                "model.kind 'smoe' trains sparsely: set mlp_routing, for example {policy: top_k, k: 2}"
+            )
+        for name in ("mlp_gate_scale", "attention_gate_scale"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise UserError(f"model.{name} is {value}; it must be above 0 (or null for the default)")
+
+    def routing(self, part: str, layer: int) -> dict[str, Any]:
+        """The routing policy of a layer's "mlp" or "attention" experts."""
+        return (self.mlp_routing if part == "mlp" else self.attention_routing)[layer]
+
+    def is_dense_layer(self, part: str, layer: int) -> bool:
+        """Whether a layer keeps all its "mlp" or "attention" experts for every token."""
+        num_experts = self.num_experts if part == "mlp" else self.num_attention_experts
+        return is_dense(self.routing(part, layer), num_experts)
+
+
+def _divided(config: DSMoEConfig, name: str, by: str) -> int:
+    value, divisor = getattr(config, name), getattr(config, by)
+    if divisor < 1 or value % divisor:
+        raise UserError(f"model.{name} {value} is not divisible by {by} {divisor}")
+    return value // divisor
