@@ -1,1 +1,5 @@
-"""TODO"""
+"""The model: one transformers architecture that config turns into a dense twin, an SMoE or a DS-MoE."""
+
+from dsmoe.model.modeling import DSMoECausalLMOutput, DSMoEForCausalLM, DSMoEModel, DSMoEModelOutput
+
+__all__ = ["DSMoECausalLMOutput", "DSMoEForCausalLM", "DSMoEModel", "DSMoEModelOutput"]

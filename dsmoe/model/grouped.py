@@ -1,0 +1,113 @@
+"""The sparse expert path: only the kept (token, expert) pairs are computed.
+
+Pairs are sorted by expert, so that each expert sees one contiguous block of rows.
+
+Shapes: T tokens, P kept pairs, N experts, D hidden size, F hidden units of one expert, H = 2F (swiglu) or F.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dsmoe.model.kernels import eager
+
+
+class _GroupedLinear(torch.autograd.Function):
+    """y[block e] = x[block e] @ W[e]^T ("out_in") or x[block e] @ W[e] ("in_out")."""
+
+    @staticmethod
+    def forward(ctx: Any, x_PI: Tensor, weight: Tensor, counts: Sequence[int], layout: str) -> Tensor:
+        ctx.save_for_backward(x_PI, weight)
+        ctx.counts, ctx.layout = counts, layout
+        size = weight.shape[1] if layout == "out_in" else weight.shape[2]
+        y_PO = x_PI.new_empty(x_PI.shape[0], size)
+        for expert, rows in _blocks(counts):
+            w = weight[expert].to(x_PI.dtype)
+            torch.mm(x_PI[rows], w.T if layout == "out_in" else w, out=y_PO[rows])
+        return y_PO
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_PO: Tensor) -> tuple[Tensor | None, ...]:
+        x_PI, weight = ctx.saved_tensors
+        grad_x = torch.empty_like(x_PI)
+        grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
+        with torch.autocast(x_PI.device.type, enabled=False):
+            grad = grad_PO.to(x_PI.dtype)
+            for expert, rows in _blocks(ctx.counts):
+                w = weight[expert].to(x_PI.dtype)
+                torch.mm(grad[rows], w if ctx.layout == "out_in" else w.T, out=grad_x[rows])
+                if grad_weight is not None:
+                    left, right = (grad, x_PI) if ctx.layout == "out_in" else (x_PI, grad)
+                    grad_weight[expert] = left[rows].T @ right[rows]
+        return grad_x, grad_weight, None, None
+
+
+def _blocks(counts: Sequence[int]):
+    start = 0
+    for expert, count in enumerate(counts):
+        if count:
+            yield expert, slice(start, start + count)
+        start += count
+
+
+def grouped_linear(x_PI: Tensor, weight: Tensor, counts: Sequence[int], layout: str) -> Tensor:
+    """Multiply each expert's block of rows by that expert's matrix.
+
+    Args:
+        x_PI: [P, I] rows, sorted by expert.
+        weight: [N, O, I] (layout "out_in") or [N, I, O] (layout "in_out"); cast to the dtype of `x_PI`.
+        counts: rows of each expert; their sum is P.
+        layout: as above.
+
+    Returns:
+        [P, O] in the dtype of `x_PI`.
+    """
+    with torch.autocast(x_PI.device.type, enabled=False):
+        return _GroupedLinear.apply(x_PI, weight, counts, layout)
+
+
+def kept_pairs(expert_mask_TN: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+    """The kept pairs, sorted by expert.
+
+    Args:
+        expert_mask_TN: [T, N] bool.
+
+    Returns:
+        token of each pair [P] int64, expert of each pair [P] int64, pairs of each expert (N integers).
+    """
+    expert_P, token_P = expert_mask_TN.T.nonzero(as_tuple=True)
+    return token_P, expert_P, expert_mask_TN.sum(0).tolist()
+
+
+def grouped_experts(
+    x_TD: Tensor, gates_TN: Tensor, expert_mask_TN: Tensor, up_NHD: Tensor, down_NFD: Tensor, mlp_type: str
+) -> Tensor:
+    """Sum over the kept experts of gate times expert output; dropped experts cost nothing.
+
+    Args:
+        x_TD: [T, D] tokens.
+        gates_TN: [T, N] gates; only those of kept pairs are read.
+        expert_mask_TN: [T, N] bool, which experts each token keeps.
+        up_NHD: [N, H, D] input projections.
+        down_NFD: [N, F, D] output projections.
+        mlp_type: "swiglu" or "gelu".
+
+    Returns:
+        [T, D], in autocast's dtype where autocast is on, otherwise in that of `x_TD`.
+    """
+    device = x_TD.device.type
+    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+    with torch.autocast(device, enabled=False):
+        token_P, expert_P, counts = kept_pairs(expert_mask_TN)
+        x_PD = x_TD.to(dtype)[token_P]
+        gates_P = gates_TN[token_P, expert_P].to(dtype)
+        h_PH = grouped_linear(x_PD, up_NHD, counts, "out_in")
+        act_PF = eager.forward(h_PH[:, None], gates_P[:, None], mlp_type)[:, 0]
+        y_PD = grouped_linear(act_PF, down_NFD, counts, "in_out")
+        # sums of half-precision outputs are taken in float32, as a wide GEMM does
+        total = torch.zeros(x_TD.shape, dtype=torch.promote_types(dtype, torch.float32), device=x_TD.device)
+        return total.index_add(0, token_P, y_PD.to(total.dtype)).to(dtype)

@@ -1,0 +1,260 @@
+"""The language model as a transformers architecture (model_type "dsmoe").
+
+Shapes: B batch, S positions, L layers, D hidden size, N experts, V vocabulary.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils.generic import merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from dsmoe.config import DSMoEConfig
+from dsmoe.model.attention import Attention, KeyValueAttention
+from dsmoe.model.experts import Experts
+from dsmoe.model.mlp import MixtureMLP
+from dsmoe.model.moa import MixtureOfHeads
+from dsmoe.model.norm import RMSNorm, rms_normalize
+from dsmoe.model.rotary import RotaryEmbedding
+from dsmoe.model.router import Router
+from dsmoe.model.weights import initialise_experts, initialise_heads, register_disk_layout
+
+
+@dataclass
+class DSMoEModelOutput(ModelOutput):
+    """What `DSMoEModel` returns.
+
+    Attributes:
+        last_hidden_state: [B, S, D].
+        past_key_values: the cache, where one is used.
+        hidden_states: L + 1 tensors [B, S, D], if asked for.
+        attentions: L tensors of attention weights, if asked for and given by the attention implementation.
+        router_logits: L tensors [B, S, N] of the MLP routers, at least float32; None in a dense twin.
+        attention_router_logits: L tensors [B, S, A] of the attention routers; None without attention experts.
+    """
+
+    last_hidden_state: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    attention_router_logits: tuple[Tensor, ...] | None = None
+
+
+@dataclass
+class DSMoECausalLMOutput(ModelOutput):
+    """What `DSMoEForCausalLM` returns: `loss` (language modelling alone, nats per token), `logits` [B, S, V], and
+    the fields of `DSMoEModelOutput`.
+    """
+
+    loss: Tensor | None = None
+    logits: Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[Tensor, ...] | None = None
+    attentions: tuple[Tensor, ...] | None = None
+    router_logits: tuple[Tensor, ...] | None = None
+    attention_router_logits: tuple[Tensor, ...] | None = None
+
+
+class DSMoEDecoderLayer(GradientCheckpointingLayer):
+    """Pre-norm decoder layer. Returns the hidden states and the logits of its two routers (None where absent)."""
+
+    def __init__(self, config: DSMoEConfig, layer_idx: int) -> None:
+        super().__init__()
+        attention = MixtureOfHeads if config.num_attention_experts > 1 else Attention
+        self.self_attn = attention(config, layer_idx)
+        self.mlp = MixtureMLP(config, layer_idx)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Hidden states [B, S, D] to hidden states, MLP router logits [B, S, N], attention router logits [B, S, A]."""
+        attended, _, attention_logits = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        hidden_states = hidden_states + attended
+        mixed, mlp_logits = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + mixed, mlp_logits, attention_logits
+
+
+class DSMoEPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initial weights."""
+
+    config: DSMoEConfig
+    config_class = DSMoEConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["DSMoEDecoderLayer"]  # noqa: RUF012 (transformers' own form, here and below)
+    _skip_keys_device_placement = ["past_key_values"]  # noqa: RUF012
+    _supports_sdpa = True
+    _supports_flash_attn = True
+    _supports_attention_backend = True
+    _can_record_outputs = {  # noqa: RUF012
+        "hidden_states": OutputRecorder(DSMoEDecoderLayer, index=0),
+        "attentions": OutputRecorder(KeyValueAttention, index=1),
+    }
+
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        std = self.config.initializer_range
+        # projections into the residual stream: its variance then doesn't grow with depth (GPT-2)
+        std_out = std / (2 * self.config.num_hidden_layers) ** 0.5
+        if isinstance(module, Experts):
+            initialise_experts(module, std, std_out)
+        elif isinstance(module, MixtureOfHeads):
+            initialise_heads(module, std, std_out)
+        elif isinstance(module, Router):
+            module.initialise(std)
+        elif isinstance(module, Attention):
+            # its children were drawn with std before; scaling keeps the order of draws that the twins share
+            if not getattr(module.o_proj.weight, "_is_hf_initialized", False):
+                module.o_proj.weight.mul_(std_out / std)
+        else:
+            super()._init_weights(module)
+
+
+class DSMoEModel(DSMoEPreTrainedModel):
+    """The decoder without the output projection."""
+
+    def __init__(self, config: DSMoEConfig) -> None:
+        super().__init__(config)
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(
+            DSMoEDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.gradient_checkpointing = False
+        self.post_init()
+
+    def embed(self, input_ids: Tensor) -> Tensor:
+        """Embeddings [B, S, D] of token ids [B, S]."""
+        embeddings = self.embed_tokens(input_ids)
+        if self.config.normalize_embeddings:
+            embeddings = rms_normalize(embeddings, self.config.rms_norm_eps)
+        return embeddings
+
+    @merge_with_config_defaults
+    @capture_outputs
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
+        use_cache: bool | None = None,
+        **kwargs: Any,
+    ) -> DSMoEModelOutput:
+        """Run the decoder.
+
+        Args:
+            input_ids: [B, S] int64; or give `inputs_embeds` [B, S, D].
+            attention_mask: [B, past + S], 0 on padding.
+            position_ids: [B, S]; where they restart inside a row, documents are isolated from each other
+                (only without attention mask and cache).
+            past_key_values: the cache to continue.
+            inputs_embeds: see `input_ids`.
+            use_cache: make a cache where none was given.
+            **kwargs: passed to the attention implementation.
+
+        Returns:
+            DSMoEModelOutput.
+        """
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ValueError("give exactly one of input_ids and inputs_embeds")
+        if inputs_embeds is None:
+            inputs_embeds = self.embed(input_ids)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
+        causal_mask = create_causal_mask(
+            config=self.config,
+            inputs_embeds=inputs_embeds,
+            attention_mask=attention_mask,
+            past_key_values=past_key_values,
+            position_ids=position_ids,
+        )
+        hidden_states = inputs_embeds
+        position_embeddings = self.rotary_emb(hidden_states, position_ids)
+        logits = []
+        for layer in self.layers:
+            hidden_states, *layer_logits = layer(
+                hidden_states,
+                position_embeddings=position_embeddings,
+                attention_mask=causal_mask,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+            logits.append(layer_logits)
+        mlp_logits, attention_logits = zip(*logits)
+        return DSMoEModelOutput(
+            last_hidden_state=self.norm(hidden_states),
+            past_key_values=past_key_values,
+            router_logits=None if mlp_logits[0] is None else mlp_logits,
+            attention_router_logits=None if attention_logits[0] is None else attention_logits,
+        )
+
+
+class DSMoEForCausalLM(DSMoEPreTrainedModel, GenerationMixin):
+    """The language model: dense twin, SMoE or DS-MoE, as the config says."""
+
+    _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
+
+    def __init__(self, config: DSMoEConfig) -> None:
+        super().__init__(config)
+        self.model = DSMoEModel(config)
+        self.vocab_size = config.vocab_size
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    @can_return_tuple
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        labels: Tensor | None = None,
+        shift_labels: Tensor | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: int | Tensor | None = None,
+        **kwargs: Any,
+    ) -> DSMoECausalLMOutput:
+        """Logits, and the language-modelling loss where labels are given.
+
+        Args:
+            input_ids: [B, S] int64.
+            labels: [B, S]: position s is predicted from the positions before it; -100 is ignored.
+            shift_labels: [B, S] instead of `labels`: position s holds the token that follows input s.
+            logits_to_keep: compute only the last so many positions' logits (0: all), or those of an index.
+            num_items_in_batch: divide the summed loss by this instead of the number of labels at hand.
+            **kwargs: those of `DSMoEModel.forward`.
+
+        Returns:
+            DSMoECausalLMOutput; router losses are never in `loss` (see `dsmoe.losses`).
+        """
+        outputs = self.model(input_ids=input_ids, **kwargs)
+        hidden_states = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden_states[:, keep, :])
+        loss = None
+        if labels is not None or shift_labels is not None:
+            loss = self.loss_function(
+                logits, labels, self.vocab_size, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
+            )
+        return DSMoECausalLMOutput(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            router_logits=outputs.router_logits,
+            attention_router_logits=outputs.attention_router_logits,
+        )
+
+
+register_disk_layout(DSMoEConfig.model_type)
