@@ -53,6 +53,8 @@ class KeyValueAttention(nn.Module):
         width = config.num_key_value_heads * config.head_dim
         self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
+        self.k_proj.initial_role = ("key", layer_idx)
+        self.v_proj.initial_role = ("value", layer_idx)
         if config.qk_norm == "full":
             self.q_norm = RMSNorm(config.num_attention_heads * config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(width, config.rms_norm_eps)
@@ -109,6 +111,8 @@ class Attention(KeyValueAttention):
         width = config.num_attention_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
+        self.q_proj.initial_role = ("query", layer_idx)
+        self.o_proj.initial_role = ("output", layer_idx)
 
     def forward(
         self,

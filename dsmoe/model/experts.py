@@ -16,8 +16,9 @@ class Experts(nn.Module):
     `down_proj` is [N, D, F] as in transformers (see `dsmoe.model.weights`).
     """
 
-    def __init__(self, config: DSMoEConfig) -> None:
+    def __init__(self, config: DSMoEConfig, layer_idx: int) -> None:
         super().__init__()
+        self.layer_idx = layer_idx
         num_experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
         self.mlp_type = config.mlp_type
         if self.mlp_type == "swiglu":

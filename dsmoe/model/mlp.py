@@ -15,11 +15,11 @@ class MixtureMLP(nn.Module):
         super().__init__()
         self.config = config
         self.layer_idx = layer_idx
-        self.experts = Experts(config)
+        self.experts = Experts(config, layer_idx)
         self.router = None
         if config.num_experts > 1:
             self.router = Router(
-                config.hidden_size, config.num_experts, config.router_hidden_size, 4 * layer_idx + 2
+                config.hidden_size, config.num_experts, config.router_hidden_size, "mlp_router", layer_idx
             )
 
     def forward(self, x_BSD: Tensor) -> tuple[Tensor, Tensor | None]:

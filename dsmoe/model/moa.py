@@ -38,7 +38,7 @@ class MixtureOfHeads(KeyValueAttention):
         shape = (self.num_experts, self.heads_per_expert * self.head_dim, config.hidden_size)
         self.experts_q_proj = nn.Parameter(torch.empty(shape))
         self.experts_o_proj = nn.Parameter(torch.empty(shape))
-        self.router = Router(config.hidden_size, self.num_experts, config.router_hidden_size, 4 * layer_idx)
+        self.router = Router(config.hidden_size, self.num_experts, config.router_hidden_size, "attention_router", layer_idx)
 
     def forward(
         self,

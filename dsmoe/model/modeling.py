@@ -18,12 +18,13 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from dsmoe.config import DSMoEConfig
 from dsmoe.model.attention import Attention, KeyValueAttention
 from dsmoe.model.experts import Experts
+from dsmoe.model.initial import initialise_experts, initialise_heads, initialise_linear
 from dsmoe.model.mlp import MixtureMLP
 from dsmoe.model.moa import MixtureOfHeads
 from dsmoe.model.norm import RMSNorm, rms_normalize
 from dsmoe.model.rotary import RotaryEmbedding
 from dsmoe.model.router import Router
-from dsmoe.model.weights import initialise_experts, initialise_heads, register_disk_layout
+from dsmoe.model.weights import register_disk_layout
 
 
 @dataclass
@@ -104,15 +105,18 @@ class DSMoEPreTrainedModel(PreTrainedModel):
         # projections into the residual stream: its variance then doesn't grow with depth (GPT-2)
         std_out = std / (2 * self.config.num_hidden_layers) ** 0.5
         if isinstance(module, Experts):
-            initialise_experts(module, std, std_out)
+            gated = module.mlp_type == "swiglu"
+            initialise_experts(module.input_proj, module.down_proj, gated, (std, std_out), module.layer_idx)
         elif isinstance(module, MixtureOfHeads):
-            initialise_heads(module, std, std_out)
+            initialise_heads(
+                module.experts_q_proj, module.experts_o_proj, module.heads_per_expert, (std, std_out), module.layer_idx
+            )
         elif isinstance(module, Router):
-            module.initialise(std)
-        elif isinstance(module, Attention):
-            # its children were drawn with std before; scaling keeps the order of draws that the twins share
-            if not getattr(module.o_proj.weight, "_is_hf_initialized", False):
-                module.o_proj.weight.mul_(std_out / std)
+            for part, parameter in enumerate(module.parameters()):
+                initialise_linear(parameter, std, module.role, module.layer_idx, part)
+        elif isinstance(module, nn.Linear | nn.Embedding):
+            role, layer_idx = module.initial_role
+            initialise_linear(module.weight, std_out if role == "output" else std, role, layer_idx)
         else:
             super()._init_weights(module)
 
@@ -123,6 +127,7 @@ class DSMoEModel(DSMoEPreTrainedModel):
     def __init__(self, config: DSMoEConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embed_tokens.initial_role = ("embedding", 0)
         self.layers = nn.ModuleList(
             DSMoEDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
@@ -212,6 +217,7 @@ class DSMoEForCausalLM(DSMoEPreTrainedModel, GenerationMixin):
         self.model = DSMoEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.lm_head.initial_role = ("lm_head", 0)
         self.post_init()
 
     @can_return_tuple

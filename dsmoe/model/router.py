@@ -12,12 +12,16 @@ class Router(nn.Module):
         hidden_size: width D of the tokens.
         num_experts: N.
         router_hidden_size: hidden units of the MLP; 0 for a linear router.
-        index: tells this router's initial weights from the others' (see `initialise`).
+        role: "mlp_router" or "attention_router" (for its initial weights).
+        layer_idx: the layer.
     """
 
-    def __init__(self, hidden_size: int, num_experts: int, router_hidden_size: int, index: int) -> None:
+    def __init__(
+        self, hidden_size: int, num_experts: int, router_hidden_size: int, role: str, layer_idx: int
+    ) -> None:
         super().__init__()
-        self.index = index
+        self.role = role
+        self.layer_idx = layer_idx
         if router_hidden_size:
             self.in_proj = nn.Parameter(torch.empty(router_hidden_size, hidden_size))
             self.out_proj = nn.Parameter(torch.empty(num_experts, router_hidden_size))
@@ -36,17 +40,3 @@ class Router(nn.Module):
                 return functional.linear(x, self.weight.to(dtype))
             hidden = functional.silu(functional.linear(x, self.in_proj.to(dtype)))
             return functional.linear(hidden, self.out_proj.to(dtype))
-
-    @torch.no_grad()
-    def initialise(self, std: float) -> None:
-        """Draw initial weights from a generator of its own.
-
-        The global generator isn't touched, so that a dense twin and a DS-MoE of one seed get the same values in
-        all weights that they share.
-        """
-        for number, parameter in enumerate(self.parameters()):
-            if getattr(parameter, "_is_hf_initialized", False) or parameter.is_meta:
-                continue
-            seed = (torch.initial_seed() * 1_000_003 + 2 * self.index + number) % (1 << 63)
-            generator = torch.Generator(device=parameter.device).manual_seed(seed)
-            parameter.normal_(0.0, std, generator=generator)
