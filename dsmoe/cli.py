@@ -9,7 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from dsmoe import __version__
-from dsmoe.errors import UserError
+from dsmoe.errors import run_reporting_errors
 
 COMMANDS = ("dsmoe.data.command", "dsmoe.sparsify.command", "dsmoe.export.command")
 
@@ -23,19 +23,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         importlib.import_module(module).add_parser(subparsers)
     args = parser.parse_args(argv)
     return run_reporting_errors(lambda: args.run(args))
-
-
-def run_reporting_errors(function) -> int:
-    """Call `function()`; turn a UserError into one line on stderr and status 2, Ctrl-C into status 130."""
-    try:
-        function()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
-        return 130
-    return 0
 
 
 if __name__ == "__main__":

@@ -1,5 +1,9 @@
 """The one exception for bad input: a single clear line for the user, exit status 2, no traceback."""
 
+import sys
+from collections.abc import Callable
+from typing import Any
+
 
 class UserError(ValueError):
     """Something the user gave is wrong.
@@ -7,3 +11,16 @@ class UserError(ValueError):
     The message is one line that says what was wrong, where, the offending value and what would be right.
     Command-line entry points print it and exit with status 2.
     """
+
+
+def run_reporting_errors(function: Callable[[], Any]) -> int:
+    """Call `function()`; turn a UserError into one line on stderr and status 2, Ctrl-C into status 130."""
+    try:
+        function()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    return 0

@@ -1,5 +1,6 @@
 """The model: one transformers architecture that config turns into a dense twin, an SMoE or a DS-MoE."""
 
 from dsmoe.model.modeling import DSMoECausalLMOutput, DSMoEForCausalLM, DSMoEModel, DSMoEModelOutput
+from dsmoe.model.policy import set_routing, use_routing
 
-__all__ = ["DSMoECausalLMOutput", "DSMoEForCausalLM", "DSMoEModel", "DSMoEModelOutput"]
+__all__ = ["DSMoECausalLMOutput", "DSMoEForCausalLM", "DSMoEModel", "DSMoEModelOutput", "set_routing", "use_routing"]

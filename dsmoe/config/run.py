@@ -1,0 +1,235 @@
+"""The configuration of a training run, as nested dataclasses that jsonargparse fills from YAML and command line."""
+
+import dataclasses
+import inspect
+import typing
+from dataclasses import dataclass, field
+from typing import Any
+
+from dsmoe.config.model import DSMoEConfig
+from dsmoe.config.routing import Policy
+from dsmoe.errors import UserError
+
+
+def _model_settings() -> type:
+    """A dataclass with exactly the fields that `DSMoEConfig` adds to transformers' own."""
+    annotations = inspect.get_annotations(DSMoEConfig)
+    fields = [(name, hint, field(default=getattr(DSMoEConfig, name))) for name, hint in annotations.items()]
+    made = dataclasses.make_dataclass("ModelSettings", fields, namespace={"__doc__": DSMoEConfig.__doc__})
+    made.__module__ = __name__
+    return made
+
+
+ModelSettings = _model_settings()
+
+
+@dataclass
+class DataSettings:
+    """The token folder (made by `dsmoe data prepare`) and how it is cut.
+
+    Args:
+        path: the folder.
+        sequence_length: tokens of a sequence.
+        weights: mixture weight of each source; null: those in the folder.
+        isolate_documents: keep packed documents from attending to each other.
+        order_seed: seed of the order of the text; one for all arms and seeds of a comparison keeps it paired.
+        validation_split: which split validates: "validation" or "test".
+    """
+
+    path: str = ""
+    sequence_length: int = 256
+    weights: dict[str, float] | None = None
+    isolate_documents: bool = False
+    order_seed: int = 0
+    validation_split: str = "validation"
+
+
+@dataclass
+class OptimSettings:
+    """AdamW and its learning-rate schedule.
+
+    Args:
+        learning_rate: peak learning rate.
+        schedule: "cosine" or "wsd" (warm-up, stable, linear decay).
+        warmup_fraction: share of the steps spent on linear warm-up.
+        decay_fraction: share of the steps spent on decay ("wsd").
+        min_lr_ratio: final learning rate as a share of the peak.
+        weight_decay: of matrices; vectors get none.
+        beta1: first moment.
+        beta2: second moment.
+        eps: epsilon.
+        grad_clip: largest norm of the gradient; 0: no clipping.
+        router_lr_scale: factor on the learning rate of routers.
+    """
+
+    learning_rate: float = 3e-3
+    schedule: typing.Literal["cosine", "wsd"] = "cosine"
+    warmup_fraction: float = 0.02
+    decay_fraction: float = 0.2
+    min_lr_ratio: float = 0.1
+    weight_decay: float = 0.1
+    beta1: float = 0.9
+    beta2: float = 0.95
+    eps: float = 1e-8
+    grad_clip: float = 1.0
+    router_lr_scale: float = 1.0
+
+
+@dataclass
+class RouterLossSettings:
+    """Coefficients of the router losses; each multiplies a sum over layers.
+
+    Args:
+        router_mi_loss_coef_mlp: mutual information of the MLP routers (the paper's alpha).
+        router_mi_loss_coef_attention: the same of the attention routers.
+        mi_schedule: "constant", or "ramp" (linear, between the two fractions below).
+        mi_ramp_start: share of the steps at which the ramp begins.
+        mi_ramp_end: share of the steps at which it is up.
+        mi_statistics: p(e) over the global batch of data-parallel processes and of accumulated micro-batches: "exact"
+            (an extra forward without gradients when accumulating) or "running" (a running average over steps and
+            micro-batches: cheap, approximate).
+        mi_running_decay: decay of the running average per micro-batch.
+        load_balancing_coef: Switch load balancing (SMoE).
+        router_z_loss_coef: z-loss of all routers.
+    """
+
+    router_mi_loss_coef_mlp: float = 0.0
+    router_mi_loss_coef_attention: float = 0.0
+    mi_schedule: typing.Literal["constant", "ramp"] = "constant"
+    mi_ramp_start: float = 0.0
+    mi_ramp_end: float = 0.5
+    mi_statistics: typing.Literal["exact", "running"] = "exact"
+    mi_running_decay: float = 0.9
+    load_balancing_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+
+
+@dataclass
+class MaskPhaseSettings:
+    """The last part of training with the sparse policy in the forward, so that the model learns to do without.
+
+    The threshold (on N * p, one for all layers) is steered in closed loop to the wanted share of active experts.
+
+    Args:
+        fraction: share of the steps at the end that run with the mask; 0: none.
+        target_active: wanted mean share of active MLP experts.
+        gain: relative change of the threshold per step and unit of relative error.
+    """
+
+    fraction: float = 0.0
+    target_active: float = 0.33
+    gain: float = 0.1
+
+
+@dataclass
+class TrainSettings:
+    """The loop.
+
+    Args:
+        output_dir: folder of the run; with several seeds each gets a folder `seed-<n>` in it.
+        seeds: one run per seed, one after the other, then a comparison.
+        total_tokens: tokens to train on.
+        global_batch_size: sequences per optimiser step over all processes.
+        micro_batch_size: sequences per forward and process; the rest is accumulation.
+        precision: "f32", or "bf16" (autocast; weights stay float32).
+        gradient_checkpointing: recompute layers in the backward.
+        num_processes: how many processes must have come up; null: whatever was launched.
+        num_threads: torch threads per process; 0: torch's default.
+        eval_every_tokens: how often to validate; 0: only at the end.
+        eval_tokens: tokens of a validation.
+        eval_policy: routing policy at which mean active MLP experts and the sparse validation loss are reported
+            along the way (DS-MoE only).
+        log_every_steps: how often a line goes into log.jsonl.
+        save_every_minutes: how often to write a checkpoint.
+        save_every_steps: the same in steps; 0: by time only.
+        keep_last: checkpoints to keep.
+        resume: continue from the newest checkpoint in output_dir where there is one.
+        trackers: trackers of accelerate besides log.jsonl, for example ["tensorboard"].
+    """
+
+    output_dir: str = "runs/pretrain"
+    seeds: list[int] = field(default_factory=lambda: [0])
+    total_tokens: int = 2_000_000
+    global_batch_size: int = 32
+    micro_batch_size: int = 32
+    precision: typing.Literal["f32", "bf16"] = "f32"
+    gradient_checkpointing: bool = False
+    num_processes: int | None = None
+    num_threads: int = 0
+    eval_every_tokens: int = 0
+    eval_tokens: int = 100_000
+    eval_policy: dict[str, Any] = field(default_factory=lambda: {"policy": "threshold", "threshold": 0.48})
+    log_every_steps: int = 10
+    save_every_minutes: float = 10.0
+    save_every_steps: int = 0
+    keep_last: int = 2
+    resume: bool = False
+    trackers: list[str] = field(default_factory=list)
+
+
+@dataclass
+class RunConfig:
+    """A whole run.
+
+    Args:
+        name: what to call it in logs and tables.
+        model: the architecture.
+        data: the text.
+        optim: the optimiser.
+        router_loss: the router losses.
+        mask_phase: training with the sparse forward at the end.
+        train: the loop.
+    """
+
+    name: str = "run"
+    model: ModelSettings = field(default_factory=ModelSettings)  # type: ignore[valid-type]
+    data: DataSettings = field(default_factory=DataSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    router_loss: RouterLossSettings = field(default_factory=RouterLossSettings)
+    mask_phase: MaskPhaseSettings = field(default_factory=MaskPhaseSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens of one optimiser step over all processes."""
+        return self.train.global_batch_size * self.data.sequence_length
+
+    @property
+    def total_steps(self) -> int:
+        """Optimiser steps of the run (at least 1)."""
+        return max(1, self.train.total_tokens // self.tokens_per_step)
+
+    def model_config(self, **token_ids: int | None) -> DSMoEConfig:
+        """The model's configuration, with special token ids added; raises UserError where it is impossible."""
+        return DSMoEConfig(**dataclasses.asdict(self.model), **token_ids)  # type: ignore[call-overload]
+
+    def check(self) -> None:
+        """Raise UserError on values that can't work, naming the field."""
+        for section, name, low in (
+            ("data", "sequence_length", 2),
+            ("train", "total_tokens", 1),
+            ("train", "global_batch_size", 1),
+            ("train", "micro_batch_size", 1),
+            ("train", "keep_last", 1),
+        ):
+            value = getattr(getattr(self, section), name)
+            if value < low:
+                raise UserError(f"{section}.{name} is {value}; it must be at least {low}")
+        if not self.data.path:
+            raise UserError("data.path is empty; give a token folder made by `dsmoe data prepare`")
+        if not self.train.seeds:
+            raise UserError("train.seeds is empty; give at least one seed")
+        if self.data.sequence_length > self.model.max_position_embeddings:
+            raise UserError(
+                f"data.sequence_length {self.data.sequence_length} is above "
+                f"model.max_position_embeddings {self.model.max_position_embeddings}"
+            )
+        if not 0 <= self.mask_phase.fraction <= 1 or not 0 < self.mask_phase.target_active <= 1:
+            raise UserError(
+                f"mask_phase.fraction {self.mask_phase.fraction} and target_active {self.mask_phase.target_active} must "
+                "be shares between 0 and 1"
+            )
+
+
+__all__ = ["DataSettings", "MaskPhaseSettings", "ModelSettings", "OptimSettings", "Policy", "RouterLossSettings",
+           "RunConfig", "TrainSettings"]  # fmt: skip

@@ -1,0 +1,40 @@
+"""Changing the routing policy of a live model. The modules read it from the config at each forward."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+from transformers import PreTrainedModel
+
+from dsmoe.config.routing import policies_per_layer
+
+
+def set_routing(model: PreTrainedModel, part: str, policy: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+    """Set the routing policy of the "mlp" or "attention" experts, one for all layers or one per layer.
+
+    Raises:
+        UserError: the policy doesn't fit the model.
+    """
+    config = model.config
+    num_experts = config.num_experts if part == "mlp" else config.num_attention_experts
+    policies = policies_per_layer(policy, config.num_hidden_layers, num_experts, f"{part}_routing")
+    setattr(config, f"{part}_routing", policies)
+
+
+@contextmanager
+def use_routing(
+    model: PreTrainedModel,
+    mlp: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+    attention: Mapping[str, Any] | Sequence[Mapping[str, Any]] | None = None,
+) -> Iterator[None]:
+    """Run the block with other routing policies (None: unchanged), then restore those that were."""
+    config = model.config
+    before = config.mlp_routing, config.attention_routing
+    try:
+        if mlp is not None and config.num_experts > 1:
+            set_routing(model, "mlp", mlp)
+        if attention is not None and config.num_attention_experts > 1:
+            set_routing(model, "attention", attention)
+        yield
+    finally:
+        config.mlp_routing, config.attention_routing = before

@@ -1,0 +1,99 @@
+"""The command line of `train/pretrain.py`: strict YAML plus overrides."""
+
+import copy
+import difflib
+import json
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from jsonargparse import ArgumentParser
+
+from dsmoe.config.run import RunConfig
+from dsmoe.errors import run_reporting_errors
+from dsmoe.files import write_json, write_text
+from dsmoe.trainer.launch import start
+from dsmoe.trainer.loop import TrainingRun
+from dsmoe.trainer.seeds import compare, summarise
+
+EPILOG = """examples:
+  accelerate launch train/pretrain.py --config configs/quickstart/dsmoe.yaml
+  accelerate launch train/pretrain.py --config configs/quickstart/dsmoe.yaml --model.num_experts 32
+  torchrun --nproc_per_node 2 train/pretrain.py --config ... --train.micro_batch_size 16
+  accelerate launch train/pretrain.py --config ... --train.seeds [0,1,2] --compare_to runs/dense
+"""
+
+
+class _Parser(ArgumentParser):
+    """Adds the nearest known name to the message for an unknown one."""
+
+    known: tuple[str, ...] = ()
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+        message = " ".join(str(message).split())
+        for name in re.findall(r"(?:Key |--|option |arguments: --)'?([A-Za-z_.0-9]+)", message):
+            near = difflib.get_close_matches(name, self.known, n=1, cutoff=0.4)
+            if name not in self.known and near:
+                message += f"; the nearest known name is {near[0]!r}"
+                break
+        print(f"error: {message}", file=sys.stderr)
+        self.exit(2)
+
+
+def build_parser() -> ArgumentParser:
+    """The parser of a training run."""
+    parser = _Parser(description="Train a dense, SMoE or DS-MoE language model.", epilog=EPILOG, allow_abbrev=False)
+    parser.add_argument("--config", action="config", help="YAML file; what follows on the command line wins")
+    parser.add_argument("--compare_to", type=str, default=None, help="another run's output_dir with the same seeds")
+    parser.add_argument("--print_only", type=bool, default=False, help="print the resolved configuration and stop")
+    parser.add_class_arguments(RunConfig, None)
+    parser.known = tuple(action.dest for action in parser._actions)
+    return parser
+
+
+def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, Any, str]:
+    """The run's configuration, the other arguments, and the resolved YAML."""
+    parser = build_parser()
+    namespace = parser.parse_args(argv)
+    resolved = parser.dump(namespace, skip_none=False)
+    made = parser.instantiate(namespace)
+    sections = {name: getattr(made, name) for name in RunConfig.__dataclass_fields__}
+    config = RunConfig(**sections)
+    config.check()
+    return config, made, resolved
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Train; returns the exit status."""
+    return run_reporting_errors(lambda: _run(argv))
+
+
+def _run(argv: Sequence[str] | None) -> None:
+    config, arguments, resolved = parse(argv)
+    if arguments.print_only:
+        print(resolved)
+        return
+    config.model_config()
+    accelerator = start(config)
+    root = Path(config.train.output_dir)
+    if accelerator.is_main_process:
+        write_text(root / "config.yaml", resolved)
+    if config.train.trackers:
+        accelerator.init_trackers(config.name)
+    summaries = []
+    for seed in config.train.seeds:
+        folder = root if len(config.train.seeds) == 1 else root / f"seed-{seed}"
+        run = TrainingRun(copy.deepcopy(config), seed, folder, accelerator)
+        summaries.append(run.run())
+        accelerator.free_memory()
+    if accelerator.is_main_process and len(summaries) > 1:
+        comparison = summarise(summaries)
+        write_json(root / "seeds.json", comparison)
+        print(json.dumps(comparison))
+    if accelerator.is_main_process and arguments.compare_to:
+        differences = compare(root, Path(arguments.compare_to))
+        write_json(root / "comparison.json", {"to": arguments.compare_to, **differences})
+        print(json.dumps(differences))
+    accelerator.end_training()

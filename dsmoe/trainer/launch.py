@@ -1,0 +1,71 @@
+"""Starting processes: the accelerator, and the guard against fewer processes than were asked for."""
+
+import os
+from pathlib import Path
+
+import torch
+from accelerate import Accelerator, InitProcessGroupKwargs
+
+from dsmoe.config.run import RunConfig
+from dsmoe.errors import UserError
+
+
+def start(config: RunConfig) -> Accelerator:
+    """Make the accelerator of a run.
+
+    Raises:
+        UserError: fewer processes came up than were asked for.
+    """
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+    on_cpu = not torch.cuda.is_available()
+    # a single process has no group; naming a backend would make accelerate look for one
+    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
+    accelerator = Accelerator(
+        cpu=on_cpu,
+        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+        log_with=config.train.trackers or None,
+        project_dir=config.train.output_dir,
+        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and several else [],
+    )
+    check_processes(accelerator.num_processes, config.train.num_processes)
+    return accelerator
+
+
+def check_processes(num_processes: int, asked: int | None) -> None:
+    """Compare the processes that came up with those asked for by the config, torchrun or accelerate launch.
+
+    `accelerate launch` with several CPU processes starts a single one and says nothing.
+
+    Raises:
+        UserError: they differ.
+    """
+    world = os.environ.get("WORLD_SIZE")
+    for source, wanted in (
+        ("train.num_processes", asked),
+        ("WORLD_SIZE", int(world) if world else None),
+        ("`accelerate launch --num_processes`", _asked_of_launcher()),
+    ):
+        if wanted is not None and wanted != num_processes:
+            raise UserError(
+                f"{num_processes} process(es) came up, but {source} asks for {wanted}; on CPU start them with "
+                f"`torchrun --nproc_per_node {wanted} train/pretrain.py ...`"
+            )
+
+
+def _asked_of_launcher() -> int | None:
+    """The --num_processes of an `accelerate launch` that is our parent, where the system tells (Linux)."""
+    command = Path(f"/proc/{os.getppid()}/cmdline")
+    try:
+        words = command.read_bytes().decode("utf-8", "replace").split("\0")
+    except OSError:
+        return None
+    if not any(word.endswith(("accelerate", "accelerate-launch")) or "accelerate.commands" in word for word in words):
+        return None
+    for index, word in enumerate(words):
+        if word in ("--num_processes", "--num-processes") and index + 1 < len(words):
+            return int(words[index + 1]) if words[index + 1].isdigit() else None
+        if word.startswith(("--num_processes=", "--num-processes=")):
+            value = word.split("=", 1)[1]
+            return int(value) if value.isdigit() else None
+    return None

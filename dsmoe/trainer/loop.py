@@ -1,0 +1,303 @@
+"""One training run: one seed, one folder."""
+
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from tqdm import tqdm
+
+from dsmoe.accounting import total_parameters
+from dsmoe.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_pretrained
+from dsmoe.config.run import RunConfig
+from dsmoe.data.corpus import TokenCorpus
+from dsmoe.data.loader import TrainLoader
+from dsmoe.data.windows import evaluation_batches
+from dsmoe.environment import describe
+from dsmoe.errors import UserError
+from dsmoe.files import write_json
+from dsmoe.model import DSMoEForCausalLM, use_routing
+from dsmoe.model.kernels import selected_kernel
+from dsmoe.model.routing import keep_experts
+from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_factor
+from dsmoe.trainer.log import RunLog
+from dsmoe.trainer.mask_phase import ThresholdController
+from dsmoe.trainer.statistics import RunningMean, Statistics, report
+from dsmoe.trainer.step import Stepper, StepResult
+from dsmoe.trainer.validation import validate
+
+
+class TrainingRun:
+    """A run from its first step (or its newest checkpoint) to `final/`."""
+
+    def __init__(self, config: RunConfig, seed: int, folder: Path, accelerator: Accelerator) -> None:
+        self.config, self.seed, self.folder, self.accelerator = config, seed, folder, accelerator
+        self.corpus = TokenCorpus(config.data.path)
+        self.loader = TrainLoader(
+            self.corpus,
+            sequence_length=config.data.sequence_length,
+            seed=config.data.order_seed,
+            weights=config.data.weights,
+            isolate_documents=config.data.isolate_documents,
+        )
+        self.micro_batches = self._micro_batches()
+        set_seed(seed)
+        self.raw_model = self._build_model()
+        optimizer = build_optimizer(self.raw_model, config.optim)
+        self.raw_optimizer = optimizer
+        model, optimizer = accelerator.prepare(self.raw_model, optimizer)
+        running = None
+        if config.router_loss.mi_statistics == "running":
+            running = RunningMean(config.router_loss.mi_running_decay)
+        self.stepper = Stepper(accelerator, model, optimizer, config.router_loss, config.optim.grad_clip, running)
+        self.controller = ThresholdController(config.mask_phase)
+        self.log = RunLog(folder, accelerator)
+        self.step = 0
+        self.environment = {
+            **describe(), "kernel": selected_kernel(accelerator.device.type),
+            "num_processes": accelerator.num_processes, "corpus": self.corpus.fingerprint,
+        }  # fmt: skip
+
+    def _micro_batches(self) -> int:
+        train, world = self.config.train, self.accelerator.num_processes
+        per_round = train.micro_batch_size * world
+        if train.global_batch_size % per_round:
+            raise UserError(
+                f"train.global_batch_size {train.global_batch_size} is not a multiple of micro_batch_size "
+                f"{train.micro_batch_size} times {world} process(es)"
+            )
+        return train.global_batch_size // per_round
+
+    def _build_model(self) -> DSMoEForCausalLM:
+        config = self.config.model_config()
+        if config.vocab_size < self.corpus.vocab_size:
+            raise UserError(
+                f"model.vocab_size {config.vocab_size} is below the {self.corpus.vocab_size} entries of the tokenizer "
+                f"in {self.config.data.path}"
+            )
+        if config.eos_token_id is None:
+            config.eos_token_id = config.bos_token_id = config.pad_token_id = self.corpus.eos_token_id
+        model = DSMoEForCausalLM(config)
+        if self.config.train.gradient_checkpointing:
+            model.gradient_checkpointing_enable()
+        return model.train()
+
+    # --- the loop -------------------------------------------------------------------------------------------
+
+    def run(self) -> dict[str, Any]:
+        """Train to the end; returns the summary that also stands in summary.json."""
+        self._begin()
+        config, total = self.config, self.config.total_steps
+        eval_every = max(1, config.train.eval_every_tokens // config.tokens_per_step)
+        saved_at = time.monotonic()
+        bar = tqdm(total=total, initial=self.step, disable=not self.accelerator.is_main_process, unit="step",
+                   desc=f"{config.name} seed {self.seed}", dynamic_ncols=True, smoothing=0.1)  # fmt: skip
+        clock = time.perf_counter()
+        while self.step < total:
+            result = self._one_step(total)
+            self.step += 1
+            bar.update()
+            if self.step % config.train.log_every_steps == 0 or self.step == total:
+                clock = self._log(result, clock, bar)
+            if config.train.eval_every_tokens and self.step % eval_every == 0 and self.step < total:
+                self._validate()
+                clock = time.perf_counter()
+            if self._should_save(saved_at, total):
+                self._save()
+                saved_at = time.monotonic()
+        bar.close()
+        return self._finish()
+
+    def _one_step(self, total: int) -> StepResult:
+        config = self.config
+        factor = learning_rate_factor(self.step, total, config.optim)
+        for group in self.raw_optimizer.param_groups:
+            group["lr"] = config.optim.learning_rate * factor * group["lr_scale"]
+        mi_factor = loss_coefficient_factor(self.step, total, config.router_loss)
+        batches = self._batches()
+        if not self.controller.active_at(self.step, total) or self.raw_model.config.num_experts == 1:
+            return self.stepper.step(batches, mi_factor)
+        with use_routing(self.raw_model, mlp=self.controller.policy(self.raw_model.config.num_experts)):
+            result = self.stepper.step(batches, mi_factor)
+        statistics = result.statistics["mlp"]
+        self.controller.update(float((statistics.load_LN.mean() / statistics.num_tokens).item()))
+        return result
+
+    def _batches(self) -> list[dict[str, torch.Tensor]]:
+        """This process's micro-batches of the present step; sample numbers depend on the step alone."""
+        train, accelerator = self.config.train, self.accelerator
+        first = self.step * train.global_batch_size + accelerator.process_index * train.micro_batch_size
+        stride = train.micro_batch_size * accelerator.num_processes
+        batches = []
+        for index in range(self.micro_batches):
+            batch = self.loader.batch(first + index * stride, train.micro_batch_size)
+            batches.append({key: value.to(accelerator.device) for key, value in batch.items()})
+        return batches
+
+    # --- logging, validation, checkpoints -------------------------------------------------------------------
+
+    def _log(self, result: StepResult, clock: float, bar: tqdm) -> float:
+        now = time.perf_counter()
+        steps = self.step % self.config.train.log_every_steps or self.config.train.log_every_steps
+        rate = steps * self.config.tokens_per_step / max(1e-9, now - clock)
+        line = {
+            "step": self.step,
+            "tokens": self.step * self.config.tokens_per_step,
+            "lm_loss": result.lm_loss,
+            "learning_rate": self.raw_optimizer.param_groups[0]["lr"],
+            "grad_norm": result.grad_norm,
+            "tokens_per_second": round(rate, 1),
+            "router": report(result.statistics),
+        }
+        shown = {"lm": f"{result.lm_loss:.3f}", "tok/s": f"{rate:,.0f}"}
+        if self.controller.steps:
+            line["mask_phase"] = {"threshold": self.controller.threshold}
+        active = self._active_experts()
+        if active is not None:
+            line["active_experts"] = [round(value, 3) for value in active]
+            shown["active"] = f"{sum(active) / len(active):.1f}/{self.raw_model.config.num_experts}"
+        bar.set_postfix(shown)
+        self.log.write(line)
+        return time.perf_counter()
+
+    @torch.no_grad()
+    def _active_experts(self) -> list[float] | None:
+        """Mean MLP experts that the evaluation policy keeps, per layer, on one validation batch (DS-MoE only)."""
+        config = self.raw_model.config
+        if config.kind != "dsmoe" or config.num_experts == 1:
+            return None
+        batch = {key: value for key, value in self._validation()[0].items() if key != "shift_labels"}
+        batch = {key: value[:4].to(self.accelerator.device) for key, value in batch.items()}
+        with self.accelerator.autocast():
+            logits = self.raw_model.model(**batch, use_cache=False).router_logits
+        mask = batch["attention_mask"].flatten().bool()
+        policy = self.config.train.eval_policy
+        if self.controller.steps:
+            policy = self.controller.policy(config.num_experts)
+        kept = (keep_experts(layer.flatten(0, 1)[mask].softmax(-1), policy) for layer in logits)
+        return [float(layer.sum(-1).double().mean()) for layer in kept]
+
+    def _validation(self) -> list[dict[str, torch.Tensor]]:
+        if not hasattr(self, "_validation_cache"):
+            self._validation_cache = list(
+                evaluation_batches(
+                    self.corpus,
+                    split=self.config.data.validation_split,
+                    sequence_length=self.config.data.sequence_length,
+                    batch_size=self.config.train.micro_batch_size,
+                    max_tokens=self.config.train.eval_tokens,
+                    isolate_documents=self.config.data.isolate_documents,
+                )
+            )
+        return self._validation_cache
+
+    def _validate(self) -> dict[str, float]:
+        config = self.raw_model.config
+        sparse = None
+        if config.kind == "dsmoe" and config.num_experts > 1:
+            sparse = self.config.train.eval_policy
+            if self.controller.steps:
+                sparse = self.controller.policy(config.num_experts)
+        found = validate(self.accelerator, self.raw_model, self._validation(), sparse)
+        self.log.write({"step": self.step, "tokens": self.step * self.config.tokens_per_step, **found})
+        return found
+
+    def _should_save(self, saved_at: float, total: int) -> bool:
+        train = self.config.train
+        due = bool(train.save_every_steps) and self.step % train.save_every_steps == 0
+        # the clock of one process decides for all
+        late = time.monotonic() - saved_at > train.save_every_minutes * 60
+        if self.accelerator.num_processes > 1:
+            flag = torch.tensor(float(late and self.accelerator.is_main_process), device=self.accelerator.device)
+            late = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
+        return (due or late) and self.step < total
+
+    def _save(self) -> None:
+        if self.accelerator.is_main_process:
+            extra = {"torch_rng": torch.get_rng_state()}
+            if self.stepper.running is not None:
+                extra.update(self.stepper.running.tensors())
+            state = {
+                "step": self.step,
+                "samples": self.step * self.config.train.global_batch_size,
+                "seed": self.seed,
+                "controller": {"threshold": self.controller.threshold, "steps": self.controller.steps},
+                "config": dataclasses.asdict(self.config),
+                "environment": self.environment,
+            }
+            save_checkpoint(
+                self.folder, self.raw_model, self.raw_optimizer, state, extra, self.corpus.tokenizer_dir,
+                self.config.train.keep_last,
+            )  # fmt: skip
+        self.accelerator.wait_for_everyone()
+
+    def _begin(self) -> None:
+        """Start afresh, or resume."""
+        checkpoint = latest_checkpoint(self.folder) if self.config.train.resume else None
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        elif (self.folder / "log.jsonl").exists() and self.accelerator.is_main_process:
+            (self.folder / "log.jsonl").unlink()
+        if self.accelerator.is_main_process:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            write_json(self.folder / "config.json", dataclasses.asdict(self.config))
+            write_json(self.folder / "environment.json", self.environment)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.print(
+            f"{self.config.name}: {total_parameters(self.raw_model.config):,}"
+            f" parameters, {self.config.total_steps} steps of {self.config.tokens_per_step:,} tokens, "
+            f"kernel {self.environment['kernel']}, {self.accelerator.num_processes} process(es)"
+        )
+
+    def _resume(self, checkpoint: Path) -> None:
+        state, extra = load_checkpoint(checkpoint, self.raw_model, self.raw_optimizer)
+        if state["environment"]["corpus"] != self.environment["corpus"]:
+            raise UserError(f"{checkpoint}: was trained on another token folder than {self.config.data.path}")
+        self.step = state["step"]
+        self.controller.threshold = state["controller"]["threshold"]
+        self.controller.steps = state["controller"]["steps"]
+        torch.set_rng_state(extra["torch_rng"])
+        if self.stepper.running is not None and "running.weight" in extra:
+            self.stepper.running.load(extra)
+        for name, old in _flat(state["environment"]).items():
+            new = _flat(self.environment).get(name)
+            if new != old:
+                self.accelerator.print(f"warning: {name} was {old} and is {new}: losses may differ in the last bits")
+        self.log.rewind(self.step)
+        self.accelerator.print(f"resuming {checkpoint.name}")
+
+    def _finish(self) -> dict[str, Any]:
+        found = self._validate()
+        summary: dict[str, Any] = {
+            "name": self.config.name,
+            "kind": self.raw_model.config.kind,
+            "seed": self.seed,
+            "tokens": self.config.total_steps * self.config.tokens_per_step,
+            **found,
+            "mask_phase_threshold": self.controller.threshold if self.controller.steps else None,
+            "config": dataclasses.asdict(self.config),
+            "environment": self.environment,
+        }
+        if self.accelerator.is_main_process:
+            save_pretrained(self.raw_model, self.folder / "final", self.corpus.tokenizer_dir, overwrite=True)
+            write_json(self.folder / "summary.json", summary)
+        self.accelerator.wait_for_everyone()
+        self.accelerator.print(json.dumps({"final": str(self.folder / "final"), **found}))
+        return summary
+
+
+def _flat(value: dict, prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, item in value.items():
+        if isinstance(item, dict):
+            found.update(_flat(item, f"{prefix}{key}."))
+        else:
+            found[prefix + key] = item
+    return found
+
+
+__all__ = ["Statistics", "TrainingRun"]

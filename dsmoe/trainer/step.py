@@ -1,0 +1,147 @@
+"""One optimiser step: language-modelling loss plus router losses, exact over processes and micro-batches."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+
+from dsmoe.config.run import RouterLossSettings
+from dsmoe.losses import RouterStatistics, router_losses
+from dsmoe.trainer.statistics import RunningMean, Statistics, add, batch_statistics, part_logits, reduce
+
+Batch = dict[str, Tensor]
+
+
+@dataclass
+class StepResult:
+    """What a step leaves behind.
+
+    Attributes:
+        lm_loss: mean language-modelling loss over the global batch, nats per token.
+        grad_norm: norm of the gradient before clipping (0 where clipping is off).
+        statistics: router statistics of the global batch.
+    """
+
+    lm_loss: float
+    grad_norm: float
+    statistics: Statistics
+
+
+@dataclass
+class Stepper:
+    """Computes gradients and applies them.
+
+    Attributes:
+        accelerator: of the run.
+        model: as prepared by the accelerator.
+        optimizer: as prepared by the accelerator.
+        settings: coefficients of the router losses.
+        grad_clip: largest norm of the gradient; 0: none.
+        running: the running p(e), where that is asked for.
+    """
+
+    accelerator: Accelerator
+    model: Any
+    optimizer: Any
+    settings: RouterLossSettings
+    grad_clip: float
+    running: RunningMean | None
+
+    def step(self, micro_batches: list[Batch], mi_factor: float) -> StepResult:
+        """Run one step.
+
+        Args:
+            micro_batches: this process's part of the global batch.
+            mi_factor: share of the mutual-information coefficients at this step.
+
+        Returns:
+            StepResult; its numbers are the same in every process.
+        """
+        accelerator = self.accelerator
+        num_labels = sum((batch["shift_labels"] != -100).sum() for batch in micro_batches)
+        num_labels = accelerator.reduce(torch.as_tensor(num_labels), reduction="sum").clamp(min=1)
+        known = self._gather(micro_batches) if self._needs_gathering(len(micro_batches)) else None
+        seen: Statistics | None = None
+        lm_sum = torch.zeros((), dtype=torch.float64)
+        for index, batch in enumerate(micro_batches):
+            last = index == len(micro_batches) - 1
+            with accelerator.no_sync(self.model) if not last else _nothing():
+                lm_loss, statistics = self._micro_step(batch, num_labels, mi_factor, known)
+            lm_sum += lm_loss
+            seen = add(seen, statistics)
+        grad_norm = 0.0
+        if self.grad_clip:
+            grad_norm = float(accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip))
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+        lm_sum = accelerator.reduce(lm_sum, reduction="sum")
+        return StepResult(float(lm_sum), grad_norm, reduce(accelerator, seen or {}))
+
+    def _needs_gathering(self, num_micro_batches: int) -> bool:
+        settings = self.settings
+        wanted = (
+            settings.router_mi_loss_coef_mlp
+            or settings.router_mi_loss_coef_attention
+            or settings.load_balancing_coef
+        )
+        return bool(wanted) and num_micro_batches > 1 and settings.mi_statistics == "exact"
+
+    @torch.no_grad()
+    def _gather(self, micro_batches: list[Batch]) -> Statistics:
+        """The statistics of all micro-batches and processes, by a forward without gradients (and without logits)."""
+        model = self.accelerator.unwrap_model(self.model)
+        total: Statistics | None = None
+        for batch in micro_batches:
+            with self.accelerator.autocast():
+                outputs = model.model(**_inputs(batch), use_cache=False)
+            total = add(total, batch_statistics(model.config, outputs, batch.get("attention_mask")))
+        return reduce(self.accelerator, total or {})
+
+    def _micro_step(
+        self, batch: Batch, num_labels: Tensor, mi_factor: float, known: Statistics | None
+    ) -> tuple[Tensor, Statistics]:
+        config = self.accelerator.unwrap_model(self.model).config
+        outputs = self.model(
+            **_inputs(batch), shift_labels=batch["shift_labels"], num_items_in_batch=num_labels, use_cache=False
+        )
+        token_mask = batch.get("attention_mask")
+        local = batch_statistics(config, outputs, token_mask)
+        loss = outputs.loss
+        statistics = known
+        means: dict[str, Tensor] = {}
+        if statistics is None:
+            statistics = reduce(self.accelerator, local)
+            if self.running is not None:
+                means = self.running.update(statistics)
+                # a micro-batch stands for its share of the step's tokens
+                statistics = {part: _with_tokens(value, num_labels) for part, value in statistics.items()}
+        for part, logits in part_logits(outputs).items():
+            losses = router_losses(logits, statistics[part], token_mask, means.get(part))
+            mi_coef = getattr(self.settings, f"router_mi_loss_coef_{part}") * mi_factor
+            if mi_coef:
+                loss = loss + mi_coef * losses.mutual_information
+            if self.settings.load_balancing_coef and part == "mlp":
+                loss = loss + self.settings.load_balancing_coef * losses.load_balancing
+            if self.settings.router_z_loss_coef:
+                loss = loss + self.settings.router_z_loss_coef * losses.z_loss
+        # gradients are averaged over processes, and every term above is already divided by the global count
+        self.accelerator.backward(loss * self.accelerator.num_processes)
+        return outputs.loss.detach().double().cpu(), local
+
+
+def _with_tokens(statistics: RouterStatistics, num_tokens: Tensor) -> RouterStatistics:
+    """The same means and shares, for a batch of `num_tokens`."""
+    scale = num_tokens.double() / statistics.num_tokens.clamp(min=1)
+    return RouterStatistics(*(tensor * scale for tensor in statistics.tensors()))
+
+
+def _inputs(batch: Batch) -> Batch:
+    return {key: value for key, value in batch.items() if key != "shift_labels"}
+
+
+class _nothing:
+    def __enter__(self) -> None: ...
+
+    def __exit__(self, *_: object) -> None: ...
