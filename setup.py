@@ -20,6 +20,7 @@ setup(
     install_requires=[
         "torch>=2.9",
         "accelerate>=1.10",
+        "deepspeed>=0.17; platform_system == 'Linux'",
         "datasets>=4.0",
         "lm-eval[hf]>=0.4.10",
         "safetensors>=0.6",
@@ -32,7 +33,6 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
-        "deepspeed": ["deepspeed>=0.17"],
         "tensorboard": ["tensorboard>=2.15"],
         "test": [
             "pytest>=8.0",

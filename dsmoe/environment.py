@@ -7,7 +7,17 @@ import sys
 from pathlib import Path
 from typing import Any
 
-PACKAGES = ("dsmoe", "torch", "transformers", "tokenizers", "accelerate", "datasets", "lm_eval", "safetensors", "numpy")
+PACKAGES = (
+    "dsmoe",
+    "torch",
+    "transformers",
+    "tokenizers",
+    "accelerate",
+    "datasets",
+    "lm_eval",
+    "safetensors",
+    "numpy",
+)
 
 
 def versions() -> dict[str, str]:
@@ -31,7 +41,9 @@ def hardware() -> dict[str, Any]:
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
-        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if sys.platform == "linux" else None,
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        if sys.platform == "linux"
+        else None,
         "accelerators": [],
     }
     if torch.cuda.is_available():

@@ -96,7 +96,9 @@ def load_checkpoint(
     try:
         model.load_state_dict(restored.state_dict())
     except RuntimeError as error:
-        raise UserError(f"{path}: checkpoint of another model ({str(error).splitlines()[-1].strip()})") from None
+        raise UserError(
+            f"{path}: checkpoint of another model ({str(error).splitlines()[-1].strip()})"
+        ) from None
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"]):
             prefix = f"{name}."

@@ -3,10 +3,15 @@
 import shutil
 from pathlib import Path
 
+import torch
+from safetensors import SafetensorError
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from dsmoe.config import DSMoEConfig
+from dsmoe.errors import UserError
 from dsmoe.files import new_folder, read_json, write_json, write_text
+from dsmoe.model import DSMoEForCausalLM
 
 SHIM_NAME = "dsmoe_shim.py"
 SHIM = '''"""Lets stock tools load this folder with trust_remote_code=True; the code itself is the installed `dsmoe`."""
@@ -20,10 +25,18 @@ AUTO_MAP = {
     "AutoModel": "dsmoe_shim.DSMoEModel",
     "AutoModelForCausalLM": "dsmoe_shim.DSMoEForCausalLM",
 }
-TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "vocab.json", "merges.txt")
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "vocab.json",
+    "merges.txt",
+)
 
 
-def write_pretrained(model: PreTrainedModel, folder: Path, tokenizer_dir: Path | None, *, shim: bool = True) -> None:
+def write_pretrained(
+    model: PreTrainedModel, folder: Path, tokenizer_dir: Path | None, *, shim: bool = True
+) -> None:
     """Write a model into an existing folder.
 
     Args:
@@ -59,3 +72,40 @@ def save_pretrained(
     """
     with new_folder(folder, overwrite=overwrite) as beside:
         write_pretrained(model, beside, tokenizer_dir)
+
+
+def load_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[DSMoEForCausalLM, Path]:
+    """Load a dsmoe model from a model folder, or from a run's folder (its `final/`).
+
+    Args:
+        path: the folder.
+        dtype: of the weights.
+
+    Returns:
+        The model in evaluation mode, and the folder that it came from.
+
+    Raises:
+        UserError: no model there, one of another architecture, or a damaged file.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").exists() and (folder / "final" / "config.json").exists():
+        folder = folder / "final"
+    if not (folder / "config.json").exists():
+        raise UserError(f"{path}: no model folder (config.json is missing)")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("model_type") != DSMoEConfig.model_type:
+        found = config.get("model_type") if isinstance(config, dict) else None
+        # the folder of a run holds a config.json of the run, and the model in final/
+        if (folder / "final").is_dir():
+            return load_pretrained(folder / "final", dtype)
+        raise UserError(f"{folder}: model_type is {found!r}; a 'dsmoe' model is needed")
+    bars = transformers_logging.is_progress_bar_enabled()
+    transformers_logging.disable_progress_bar()
+    try:
+        model = DSMoEForCausalLM.from_pretrained(folder, dtype=dtype)
+    except (OSError, SafetensorError, RuntimeError) as error:
+        raise UserError(f"{folder}: the model can't be read ({str(error).splitlines()[0]})") from None
+    finally:
+        if bars:
+            transformers_logging.enable_progress_bar()
+    return model.eval(), folder

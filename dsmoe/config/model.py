@@ -103,7 +103,9 @@ class DSMoEConfig(PreTrainedConfig):
             ("gate_normalization", GATE_NORMALIZATIONS),
         ):
             if getattr(self, name) not in known:
-                raise UserError(f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}")
+                raise UserError(
+                    f"model.{name} is {getattr(self, name)!r}; it must be one of {', '.join(known)}"
+                )
         for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_experts",
                      "num_attention_heads", "num_attention_experts", "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:
@@ -117,7 +119,10 @@ class DSMoEConfig(PreTrainedConfig):
             self.mlp_routing, self.num_hidden_layers, self.num_experts, "model.mlp_routing"
         )
         self.attention_routing = policies_per_layer(
-            self.attention_routing, self.num_hidden_layers, self.num_attention_experts, "model.attention_routing"
+            self.attention_routing,
+            self.num_hidden_layers,
+            self.num_attention_experts,
+            "model.attention_routing",
         )
         self._check_kind()
         self._derive_gate_scales()

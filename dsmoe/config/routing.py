@@ -48,14 +48,18 @@ def check_policy(policy: Mapping[str, Any], num_experts: int, where: str = "poli
         UserError: unknown policy, unknown or missing field, or a value out of range.
     """
     if not isinstance(policy, Mapping):
-        raise UserError(f"{where}: {policy!r} is not a policy; give a dict such as {{'policy': 'top_k', 'k': 4}}")
+        raise UserError(
+            f"{where}: {policy!r} is not a policy; give a dict such as {{'policy': 'top_k', 'k': 4}}"
+        )
     name = policy.get("policy")
     if name not in _FIELDS:
         raise UserError(f"{where}: unknown policy {name!r}; known are {', '.join(POLICY_NAMES)}")
     fields = _FIELDS[name]
     unknown = set(policy) - fields - {"policy"}
     if unknown:
-        raise UserError(f"{where}: policy {name!r} has no field {sorted(unknown)[0]!r}; it takes {sorted(fields)}")
+        raise UserError(
+            f"{where}: policy {name!r} has no field {sorted(unknown)[0]!r}; it takes {sorted(fields)}"
+        )
     if name == "threshold_top_k":
         policy = {"k": None, **policy}
     missing = fields - set(policy)
@@ -63,7 +67,9 @@ def check_policy(policy: Mapping[str, Any], num_experts: int, where: str = "poli
         raise UserError(f"{where}: policy {name!r} needs {sorted(missing)[0]!r}")
     checked: Policy = {"policy": name}
     if "threshold" in fields:
-        checked["threshold"] = _number(policy["threshold"], f"{where}: threshold (on N * p)", 0.0, num_experts)
+        checked["threshold"] = _number(
+            policy["threshold"], f"{where}: threshold (on N * p)", 0.0, num_experts
+        )
     if "top_p" in fields:
         checked["top_p"] = _number(policy["top_p"], f"{where}: top_p", 0.0, 1.0)
     if "k" in fields:
@@ -100,7 +106,9 @@ def policies_per_layer(
     if isinstance(value, Mapping):
         value = [value] * num_layers
     if len(value) != num_layers:
-        raise UserError(f"{where}: {len(value)} policies for {num_layers} layers; give one per layer, or a single one")
+        raise UserError(
+            f"{where}: {len(value)} policies for {num_layers} layers; give one per layer, or a single one"
+        )
     return [check_policy(policy, num_experts, f"{where}[{layer}]") for layer, policy in enumerate(value)]
 
 

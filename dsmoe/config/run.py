@@ -132,6 +132,7 @@ class TrainSettings:
         global_batch_size: sequences per optimiser step over all processes.
         micro_batch_size: sequences per forward and process; the rest is accumulation.
         precision: "f32", or "bf16" (autocast; weights stay float32).
+        float32_matmul: "auto" (oneDNN's fast mode on CPUs where a probe finds it accurate) or "strict".
         gradient_checkpointing: recompute layers in the backward.
         num_processes: how many processes must have come up; null: whatever was launched.
         num_threads: torch threads per process; 0: torch's default.
@@ -153,6 +154,7 @@ class TrainSettings:
     global_batch_size: int = 32
     micro_batch_size: int = 32
     precision: typing.Literal["f32", "bf16"] = "f32"
+    float32_matmul: typing.Literal["auto", "strict"] = "auto"
     gradient_checkpointing: bool = False
     num_processes: int | None = None
     num_threads: int = 0

@@ -1,1 +1,4 @@
-"""TODO"""
+"""Scoring: lm-eval's tasks, validation loss, decode speed, and the paired comparison of models.
+
+`score` is `eval/score.py`'s run over all of them.
+"""

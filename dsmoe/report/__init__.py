@@ -1,1 +1,1 @@
-"""TODO"""
+"""Plots and tables of finished runs."""

@@ -1,6 +1,7 @@
 """The command line of `train/pretrain.py`: strict YAML plus overrides."""
 
 import copy
+import dataclasses
 import difflib
 import json
 import re
@@ -9,10 +10,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from jsonargparse import ArgumentParser
+import yaml
+from jsonargparse import ArgumentParser, Namespace
 
 from dsmoe.config.run import RunConfig
-from dsmoe.errors import run_reporting_errors
+from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import write_json, write_text
 from dsmoe.trainer.launch import start
 from dsmoe.trainer.loop import TrainingRun
@@ -44,10 +46,16 @@ class _Parser(ArgumentParser):
 
 def build_parser() -> ArgumentParser:
     """The parser of a training run."""
-    parser = _Parser(description="Train a dense, SMoE or DS-MoE language model.", epilog=EPILOG, allow_abbrev=False)
+    parser = _Parser(
+        description="Train a dense, SMoE or DS-MoE language model.", epilog=EPILOG, allow_abbrev=False
+    )
     parser.add_argument("--config", action="config", help="YAML file; what follows on the command line wins")
-    parser.add_argument("--compare_to", type=str, default=None, help="another run's output_dir with the same seeds")
-    parser.add_argument("--print_only", type=bool, default=False, help="print the resolved configuration and stop")
+    parser.add_argument(
+        "--compare_to", type=str, default=None, help="another run's output_dir with the same seeds"
+    )
+    parser.add_argument(
+        "--print_only", type=bool, default=False, help="print the resolved configuration and stop"
+    )
     parser.add_class_arguments(RunConfig, None)
     parser.known = tuple(action.dest for action in parser._actions)
     return parser
@@ -57,12 +65,14 @@ def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, Any, str]:
     """The run's configuration, the other arguments, and the resolved YAML."""
     parser = build_parser()
     namespace = parser.parse_args(argv)
-    resolved = parser.dump(namespace, skip_none=False)
+    for name in ("model", "data", "optim", "router_loss", "mask_phase", "train"):
+        if not isinstance(namespace[name], Namespace):
+            raise UserError(f"{name} is {namespace[name]!r}; it must be a mapping of settings")
     made = parser.instantiate(namespace)
     sections = {name: getattr(made, name) for name in RunConfig.__dataclass_fields__}
     config = RunConfig(**sections)
     config.check()
-    return config, made, resolved
+    return config, made, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,14 +88,14 @@ def _run(argv: Sequence[str] | None) -> None:
     config.model_config()
     accelerator = start(config)
     root = Path(config.train.output_dir)
-    if accelerator.is_main_process:
-        write_text(root / "config.yaml", resolved)
     if config.train.trackers:
         accelerator.init_trackers(config.name)
     summaries = []
     for seed in config.train.seeds:
         folder = root if len(config.train.seeds) == 1 else root / f"seed-{seed}"
         run = TrainingRun(copy.deepcopy(config), seed, folder, accelerator)
+        if accelerator.is_main_process:
+            write_text(root / "config.yaml", resolved)
         summaries.append(run.run())
         accelerator.free_memory()
     if accelerator.is_main_process and len(summaries) > 1:

@@ -60,7 +60,9 @@ def _asked_of_launcher() -> int | None:
         words = command.read_bytes().decode("utf-8", "replace").split("\0")
     except OSError:
         return None
-    if not any(word.endswith(("accelerate", "accelerate-launch")) or "accelerate.commands" in word for word in words):
+    if not any(
+        word.endswith(("accelerate", "accelerate-launch")) or "accelerate.commands" in word for word in words
+    ):
         return None
     for index, word in enumerate(words):
         if word in ("--num_processes", "--num-processes") and index + 1 < len(words):

@@ -20,11 +20,12 @@ from dsmoe.data.windows import evaluation_batches
 from dsmoe.environment import describe
 from dsmoe.errors import UserError
 from dsmoe.files import write_json
-from dsmoe.model import DSMoEForCausalLM, use_routing
+from dsmoe.model import DSMoEForCausalLM, model_inputs, use_routing
 from dsmoe.model.kernels import selected_kernel
 from dsmoe.model.routing import keep_experts
 from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_factor
 from dsmoe.trainer.log import RunLog
+from dsmoe.trainer.matmul import choose_float32_matmul
 from dsmoe.trainer.mask_phase import ThresholdController
 from dsmoe.trainer.statistics import RunningMean, Statistics, report
 from dsmoe.trainer.step import Stepper, StepResult
@@ -53,14 +54,19 @@ class TrainingRun:
         running = None
         if config.router_loss.mi_statistics == "running":
             running = RunningMean(config.router_loss.mi_running_decay)
-        self.stepper = Stepper(accelerator, model, optimizer, config.router_loss, config.optim.grad_clip, running)
+        self.stepper = Stepper(
+            accelerator, model, optimizer, config.router_loss, config.optim.grad_clip, running
+        )
         self.controller = ThresholdController(config.mask_phase)
         self.log = RunLog(folder, accelerator)
         self.step = 0
         self.environment = {
-            **describe(), "kernel": selected_kernel(accelerator.device.type),
-            "num_processes": accelerator.num_processes, "corpus": self.corpus.fingerprint,
-        }  # fmt: skip
+            **describe(),
+            "kernel": selected_kernel(accelerator.device.type),
+            "float32_matmul": choose_float32_matmul(config.train.float32_matmul),
+            "num_processes": accelerator.num_processes,
+            "corpus": self.corpus.fingerprint,
+        }
 
     def _micro_batches(self) -> int:
         train, world = self.config.train, self.accelerator.num_processes
@@ -83,7 +89,11 @@ class TrainingRun:
             config.eos_token_id = config.bos_token_id = config.pad_token_id = self.corpus.eos_token_id
         model = DSMoEForCausalLM(config)
         if self.config.train.gradient_checkpointing:
-            model.gradient_checkpointing_enable()
+            # renamed in transformers 5.23, which warns about the old name
+            if hasattr(model, "activation_checkpointing_enable"):
+                model.activation_checkpointing_enable()
+            else:
+                model.gradient_checkpointing_enable()
         return model.train()
 
     # --- the loop -------------------------------------------------------------------------------------------
@@ -170,10 +180,9 @@ class TrainingRun:
         config = self.raw_model.config
         if config.kind != "dsmoe" or config.num_experts == 1:
             return None
-        batch = {key: value for key, value in self._validation()[0].items() if key != "shift_labels"}
-        batch = {key: value[:4].to(self.accelerator.device) for key, value in batch.items()}
+        batch = {key: value[:4].to(self.accelerator.device) for key, value in self._validation()[0].items()}
         with self.accelerator.autocast():
-            logits = self.raw_model.model(**batch, use_cache=False).router_logits
+            logits = self.raw_model.model(**model_inputs(batch), use_cache=False).router_logits
         mask = batch["attention_mask"].flatten().bool()
         policy = self.config.train.eval_policy
         if self.controller.steps:
@@ -212,7 +221,9 @@ class TrainingRun:
         # the clock of one process decides for all
         late = time.monotonic() - saved_at > train.save_every_minutes * 60
         if self.accelerator.num_processes > 1:
-            flag = torch.tensor(float(late and self.accelerator.is_main_process), device=self.accelerator.device)
+            flag = torch.tensor(
+                float(late and self.accelerator.is_main_process), device=self.accelerator.device
+            )
             late = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
         return (due or late) and self.step < total
 
@@ -266,7 +277,9 @@ class TrainingRun:
         for name, old in _flat(state["environment"]).items():
             new = _flat(self.environment).get(name)
             if new != old:
-                self.accelerator.print(f"warning: {name} was {old} and is {new}: losses may differ in the last bits")
+                self.accelerator.print(
+                    f"warning: {name} was {old} and is {new}: losses may differ in the last bits"
+                )
         self.log.rewind(self.step)
         self.accelerator.print(f"resuming {checkpoint.name}")
 

@@ -1,5 +1,6 @@
 """One optimiser step: language-modelling loss plus router losses, exact over processes and micro-batches."""
 
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dsmoe.config.run import RouterLossSettings
 from dsmoe.losses import RouterStatistics, router_losses
+from dsmoe.model import model_inputs
 from dsmoe.trainer.statistics import RunningMean, Statistics, add, batch_statistics, part_logits, reduce
 
 Batch = dict[str, Tensor]
@@ -67,7 +69,7 @@ class Stepper:
         lm_sum = torch.zeros((), dtype=torch.float64)
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            with accelerator.no_sync(self.model) if not last else _nothing():
+            with accelerator.no_sync(self.model) if not last else nullcontext():
                 lm_loss, statistics = self._micro_step(batch, num_labels, mi_factor, known)
             lm_sum += lm_loss
             seen = add(seen, statistics)
@@ -95,7 +97,7 @@ class Stepper:
         total: Statistics | None = None
         for batch in micro_batches:
             with self.accelerator.autocast():
-                outputs = model.model(**_inputs(batch), use_cache=False)
+                outputs = model.model(**model_inputs(batch), use_cache=False)
             total = add(total, batch_statistics(model.config, outputs, batch.get("attention_mask")))
         return reduce(self.accelerator, total or {})
 
@@ -104,7 +106,10 @@ class Stepper:
     ) -> tuple[Tensor, Statistics]:
         config = self.accelerator.unwrap_model(self.model).config
         outputs = self.model(
-            **_inputs(batch), shift_labels=batch["shift_labels"], num_items_in_batch=num_labels, use_cache=False
+            **model_inputs(batch),
+            shift_labels=batch["shift_labels"],
+            num_items_in_batch=num_labels,
+            use_cache=False,
         )
         token_mask = batch.get("attention_mask")
         local = batch_statistics(config, outputs, token_mask)
@@ -135,13 +140,3 @@ def _with_tokens(statistics: RouterStatistics, num_tokens: Tensor) -> RouterStat
     """The same means and shares, for a batch of `num_tokens`."""
     scale = num_tokens.double() / statistics.num_tokens.clamp(min=1)
     return RouterStatistics(*(tensor * scale for tensor in statistics.tensors()))
-
-
-def _inputs(batch: Batch) -> Batch:
-    return {key: value for key, value in batch.items() if key != "shift_labels"}
-
-
-class _nothing:
-    def __enter__(self) -> None: ...
-
-    def __exit__(self, *_: object) -> None: ...

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 
-from dsmoe.model import use_routing
+from dsmoe.model import model_inputs, use_routing
 
 
 @torch.no_grad()
@@ -20,9 +20,9 @@ def mean_loss(accelerator: Accelerator, model: Any, batches: Iterable[dict[str, 
         if index % accelerator.num_processes != accelerator.process_index:
             continue
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
-        labels = batch.pop("shift_labels")
+        labels = batch["shift_labels"]
         with accelerator.autocast():
-            logits = model(**batch, use_cache=False).logits
+            logits = model(**model_inputs(batch), use_cache=False).logits
         losses = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
         total += torch.stack([losses.double(), (labels != -100).sum().double()])
     model.train()
@@ -30,7 +30,9 @@ def mean_loss(accelerator: Accelerator, model: Any, batches: Iterable[dict[str, 
     return float(total[0] / total[1].clamp(min=1))
 
 
-def validate(accelerator: Accelerator, model: Any, batches: list, sparse_policy: dict | None) -> dict[str, float]:
+def validate(
+    accelerator: Accelerator, model: Any, batches: list, sparse_policy: dict | None
+) -> dict[str, float]:
     """Validation losses.
 
     Args:

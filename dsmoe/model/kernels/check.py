@@ -1,5 +1,6 @@
 """Does a kernel give the numbers of `eager` on this machine? Every other kernel is asked before it is used."""
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -16,25 +17,41 @@ class KernelUnavailable(Exception):
 
 
 def against_eager(
-    forward: Callable[..., Tensor], backward: Callable[..., tuple], device_type: str, dtypes: Iterable[torch.dtype]
+    forward: Callable[..., Tensor],
+    backward: Callable[..., tuple],
+    device_type: str,
+    dtypes: Iterable[torch.dtype],
+    mlp_types: Iterable[str] = ("swiglu", "gelu"),
+    gated: Iterable[bool] = (True, False),
 ) -> None:
-    """Compare a kernel with `eager` in float64 on a few small inputs.
+    """Compare a kernel with `eager` in float64 on a small input of each combination.
+
+    Args:
+        forward: stands for `eager.forward`.
+        backward: stands for `eager.backward`.
+        device_type: "cpu", "cuda", ...
+        dtypes: of the tensors.
+        mlp_types: "swiglu", "gelu".
+        gated: with gates, without.
 
     Raises:
         KernelUnavailable: names the case and its error.
     """
     generator = torch.Generator().manual_seed(0)
-    for dtype in dtypes:
-        for mlp_type, scale in (("swiglu", 2), ("gelu", 1)):
-            for gated in (True, False):
-                shapes = ((5, 3, 17), (5, 3, 17 * scale), (5, 3))
-                grad, h, gates = (torch.randn(s, generator=generator).to(device_type, dtype) for s in shapes)
-                gates = gates if gated else None
-                expected = _values(eager.forward, eager.backward, grad.double(), h.double(), gates, mlp_type)
-                actual = _values(forward, backward, grad, h, gates, mlp_type)
-                error = max(_error(a, e) for a, e in zip(actual, expected))
-                if not error < _TOLERANCES[dtype]:
-                    raise KernelUnavailable(f"its numbers are wrong here ({mlp_type}, {dtype}: error {error:.1e})")
+    for dtype, mlp_type, has_gates in itertools.product(dtypes, mlp_types, gated):
+        shapes = ((5, 3, 17), (5, 3, 34 if mlp_type == "swiglu" else 17), (5, 3))
+        grad, h, gates = (_normal(shape, generator).to(device_type, dtype) for shape in shapes)
+        given = gates if has_gates else None
+        expected = _values(eager.forward, eager.backward, grad.double(), h.double(), given, mlp_type)
+        actual = _values(forward, backward, grad, h, given, mlp_type)
+        error = max(_error(a, e) for a, e in zip(actual, expected))
+        if not error < _TOLERANCES[dtype]:
+            raise KernelUnavailable(f"its numbers are wrong here ({mlp_type}, {dtype}: error {error:.1e})")
+
+
+def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    # device and dtype are given in full: defaults may have been changed around the first use
+    return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
 
 
 def _values(forward, backward, grad: Tensor, h: Tensor, gates: Tensor | None, mlp_type: str) -> list[Tensor]:

@@ -36,9 +36,11 @@ _library: ctypes.CDLL | None = None
 def forward(h_TNH: Tensor, gates_TN: Tensor | None, mlp_type: str) -> Tensor:
     """See `eager.forward`; knows no autograd."""
     width = h_TNH.shape[-1] // 2 if mlp_type == "swiglu" else h_TNH.shape[-1]
-    h, gates = _prepared(h_TNH, gates_TN, h_TNH.dtype)
-    result_TNF = torch.empty(*h.shape[:-1], width, dtype=h.dtype)
-    _function("forward", h.dtype)(_pointer(h), _pointer(gates), _pointer(result_TNF), *_sizes(result_TNF, mlp_type))
+    h, gates = _prepared(h_TNH, gates_TN)
+    result_TNF = h.new_empty(*h.shape[:-1], width)
+    _function("forward", h.dtype)(
+        _pointer(h), _pointer(gates), _pointer(result_TNF), *_sizes(result_TNF, mlp_type)
+    )
     return result_TNF
 
 
@@ -46,18 +48,30 @@ def backward(
     grad_TNF: Tensor, h_TNH: Tensor, gates_TN: Tensor | None, mlp_type: str
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `eager.backward`; overwrites a contiguous `grad_TNF` with the result."""
-    h, gates = _prepared(h_TNH, gates_TN, h_TNH.dtype)
+    h, gates = _prepared(h_TNH, gates_TN)
     grad = grad_TNF.to(h.dtype).contiguous()
+    assert grad.shape[:-1] == h.shape[:-1] and h.shape[-1] == grad.shape[-1] * (
+        2 if mlp_type == "swiglu" else 1
+    )
     grad_h = torch.empty_like(h)
     grad_gates = None if gates is None else torch.empty_like(gates)
     _function("backward", h.dtype)(
-        _pointer(grad), _pointer(h), _pointer(gates), _pointer(grad_h), _pointer(grad_gates), *_sizes(grad, mlp_type)
+        _pointer(grad),
+        _pointer(h),
+        _pointer(gates),
+        _pointer(grad_h),
+        _pointer(grad_gates),
+        *_sizes(grad, mlp_type),
     )
     return grad_h, grad_gates, grad
 
 
-def _prepared(h_TNH: Tensor, gates_TN: Tensor | None, dtype: torch.dtype) -> tuple[Tensor, Tensor | None]:
-    return h_TNH.contiguous(), None if gates_TN is None else gates_TN.to(dtype).contiguous()
+def _prepared(h_TNH: Tensor, gates_TN: Tensor | None) -> tuple[Tensor, Tensor | None]:
+    """Both contiguous and of one dtype, as the C++ side takes for granted."""
+    if gates_TN is None:
+        return h_TNH.contiguous(), None
+    assert gates_TN.shape == h_TNH.shape[:-1] and gates_TN.device == h_TNH.device
+    return h_TNH.contiguous(), gates_TN.to(h_TNH.dtype).contiguous()
 
 
 def _pointer(tensor: Tensor | None) -> int | None:
@@ -84,17 +98,22 @@ def probe(device_type: str) -> None:
     """
     if device_type != "cpu":
         raise check.KernelUnavailable(f"it computes on CPU only, the tensors are on {device_type}")
-    with contextlib.ExitStack() as stack:
-        path = _cache_path()
-        if path is None:
-            path = Path(stack.enter_context(tempfile.TemporaryDirectory(prefix="dsmoe-"))) / "kernel.so"
-        with contextlib.suppress(OSError, AttributeError, check.KernelUnavailable):
-            return _load(path)
-        _compile(path)
+    cached = _cache_path()
+    # no such file, a library of another machine, a damaged one: all are cured by compiling
+    with contextlib.suppress(OSError, AttributeError, check.KernelUnavailable):
+        _load(cached)
+        return
+    # beside its final place where that can be written (a temporary folder may forbid execution)
+    parent = cached.parent if os.access(cached.parent, os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="dsmoe-build-", dir=parent, ignore_cleanup_errors=True) as folder:
+        built = Path(folder) / cached.name
+        _compile(built)
         try:
-            _load(path)
+            _load(built)
         except (OSError, AttributeError) as error:
             raise check.KernelUnavailable(f"the compiled library does not load: {error}") from error
+        with contextlib.suppress(OSError):  # then the next process compiles again
+            built.replace(cached)
 
 
 def _load(path: Path) -> None:
@@ -114,21 +133,26 @@ def _load(path: Path) -> None:
         raise
 
 
-def _cache_path() -> Path | None:
-    """Where the library belongs, in a folder that exists; None if the cache folder can't be written.
+def _cache_path() -> Path:
+    """Where the library is kept: torch's folder of compiled extensions, created if that is possible.
 
     The name is a hash of all that decides whether a library fits: source, flags, torch, compiler asked for, processor
     (a home folder may be shared by different machines, and -march=native code is not).
     """
-    key = (_SOURCE.read_bytes(), _FLAGS, torch.__version__, os.environ.get("CXX"), platform.machine(), _processor())
+    key = (
+        _SOURCE.read_bytes(),
+        _FLAGS,
+        torch.__version__,
+        os.environ.get("CXX"),
+        platform.machine(),
+        _processor(),
+    )
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
     folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions") / "dsmoe"
-    try:
+    with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
-    except OSError:
-        return None
-    return folder / f"gated_activation-{name}.so" if os.access(folder, os.W_OK) else None
+    return folder / f"gated_activation-{name}.so"
 
 
 @functools.cache
@@ -157,19 +181,12 @@ def _compiler() -> list[str]:
 
 
 def _compile(path: Path) -> None:
-    """Compile beside `path`, then rename."""
     compiler = _compiler()
-    handle, temporary = tempfile.mkstemp(prefix=path.stem, suffix=".tmp", dir=path.parent)
-    os.close(handle)
-    try:
-        command = [*compiler, *_FLAGS, str(_SOURCE), "-o", temporary]
-        # some compilers know no -march=native on their processor
-        error = _run([*command, "-march=native"]) and _run(command)
-        if error:
-            raise check.KernelUnavailable(f"{compiler[0]} failed: {error}")
-        Path(temporary).replace(path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    command = [*compiler, *_FLAGS, str(_SOURCE), "-o", str(path)]
+    # some compilers know no -march=native on their processor
+    error = _run([*command, "-march=native"]) and _run(command)
+    if error:
+        raise check.KernelUnavailable(f"{compiler[0]} failed: {error}")
 
 
 def _run(command: list[str]) -> str:
@@ -179,4 +196,8 @@ def _run(command: list[str]) -> str:
     except (OSError, subprocess.TimeoutExpired) as error:
         return str(error)
     lines = [line for line in done.stderr.splitlines() if line.strip()]
-    return "" if done.returncode == 0 else next((s for s in lines if "error" in s), f"exit status {done.returncode}")
+    return (
+        ""
+        if done.returncode == 0
+        else next((s for s in lines if "error" in s), f"exit status {done.returncode}")
+    )

@@ -3,8 +3,6 @@
 Shapes: T tokens, N experts, F hidden units of one expert, H = 2F (swiglu: gate rows, then up rows) or F (gelu).
 """
 
-import math
-
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -23,14 +21,21 @@ def forward(h_TNH: Tensor, gates_TN: Tensor | None, mlp_type: str) -> Tensor:
     Returns:
         [T, N, F] in the dtype of `h_TNH`.
     """
+    # in place where autograd records nothing: these tensors are as large as anything in the layer
     if mlp_type == "swiglu":
         gate, up = h_TNH.chunk(2, dim=-1)
-        act = functional.silu(gate).mul_(up) if not h_TNH.requires_grad else functional.silu(gate) * up
+        silu = functional.silu(gate)
+        act = silu * up if _recorded(silu, up) else silu.mul_(up)
     else:
         act = functional.gelu(h_TNH)
     if gates_TN is None:
         return act
-    return act.mul_(gates_TN[..., None]) if not act.requires_grad else act * gates_TN[..., None]
+    gates_TN1 = gates_TN.to(act.dtype)[..., None]
+    return act * gates_TN1 if _recorded(act, gates_TN1) else act.mul_(gates_TN1)
+
+
+def _recorded(*tensors: Tensor) -> bool:
+    return torch.is_grad_enabled() and any(tensor.requires_grad for tensor in tensors)
 
 
 def backward(
@@ -47,28 +52,23 @@ def backward(
     Returns:
         gradient of h [T, N, H], gradient of the gates [T, N] (None without gates), result of `forward` [T, N, F].
     """
+    grad_gates = None
     if mlp_type == "swiglu":
         gate, up = h_TNH.chunk(2, dim=-1)
-        sigmoid = torch.sigmoid(gate)
-        silu = gate * sigmoid
+        silu = functional.silu(gate)
         act = silu * up
     else:
         act = functional.gelu(h_TNH)
-    grad_gates = None
     if gates_TN is not None:
-        grad_gates = torch.einsum("tnf,tnf->tn", grad_TNF, act)
-        grad_TNF = grad_TNF * gates_TN[..., None]
-    if mlp_type == "swiglu":
-        grad_h = torch.empty_like(h_TNH)
-        grad_gate, grad_up = grad_h.chunk(2, dim=-1)
-        torch.mul(grad_TNF, silu, out=grad_up)
-        # d silu(g) / dg = sigmoid(g) + silu(g) * (1 - sigmoid(g))
-        slope = silu.addcmul_(silu, sigmoid, value=-1).add_(sigmoid)
-        torch.mul(slope.mul_(up), grad_TNF, out=grad_gate)
-    else:
-        # d gelu(h) / dh = Phi(h) + h * phi(h)
-        phi = torch.exp(-0.5 * h_TNH * h_TNH) / math.sqrt(2 * math.pi)
-        cdf = 0.5 * (1 + torch.erf(h_TNH / math.sqrt(2)))
-        grad_h = grad_TNF * (cdf + h_TNH * phi)
-    result = act if gates_TN is None else act * gates_TN[..., None]
-    return grad_h, grad_gates, result
+        gates_TN1 = gates_TN.to(act.dtype)[..., None]
+        grad_gates = torch.linalg.vecdot(grad_TNF, act)
+        act.mul_(gates_TN1)
+        grad_TNF = grad_TNF.mul_(gates_TN1)
+    if mlp_type == "gelu":
+        return torch.ops.aten.gelu_backward(grad_TNF, h_TNH), grad_gates, act
+    # written into place: fresh memory costs more than the arithmetic here
+    grad_h = torch.empty_like(h_TNH)
+    grad_gate, grad_up = grad_h.chunk(2, dim=-1)
+    torch.mul(grad_TNF, silu, out=grad_up)
+    torch.ops.aten.silu_backward.grad_input(grad_TNF.mul_(up), gate, grad_input=grad_gate)
+    return grad_h, grad_gates, act

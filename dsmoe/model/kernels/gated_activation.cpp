@@ -34,10 +34,10 @@ inline void store(bfloat16& to, float x) {
 }
 
 // exp(x) = 2^n exp(r) with |r| <= log(2) / 2, where the Taylor polynomial of degree 7 is off by 6e-9 at most.
-// Clamped to the exponents that a normal float32 can hold; NaN passes through both comparisons.
+// Beyond what a normal float32 can hold the result is 0 or infinity; NaN passes through both comparisons.
 inline float exp_(float x) {
-  x = x < -87.0f ? -87.0f : x;
-  x = x > 88.0f ? 88.0f : x;
+  x = x < -88.0f ? -88.0f : x;  // n = -127: exponent bits of 0
+  x = x > 89.0f ? 89.0f : x;    // n = 128: exponent bits of infinity
   const float magic = 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer, kept in the low bits
   const float shifted = x * 1.44269504f + magic;
   const float n = shifted - magic;

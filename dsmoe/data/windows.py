@@ -1,0 +1,159 @@
+"""Evaluation batches: every token of a split, or of some texts, is a label exactly once.
+
+The input before the first token of a stream is eos, as if a document had just ended:
+
+    tokens   a b c d e          windows of 3:  input   eos a b | c d eos
+                                               label     a b c | d e -100
+                                               mask      1 1 1 | 1 1 0
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import TYPE_CHECKING
+
+import numpy as np
+import torch
+
+from dsmoe.data.corpus import TokenCorpus
+from dsmoe.errors import UserError
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+IGNORED = -100
+
+
+def evaluation_batches(
+    corpus: TokenCorpus,
+    *,
+    split: str,
+    sequence_length: int,
+    batch_size: int,
+    max_tokens: int | None = None,
+    isolate_documents: bool = False,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """Yield batches in which every token of a split is a label exactly once, source after source.
+
+    Args:
+        corpus: the prepared corpus.
+        split: "train", "validation" or "test".
+        sequence_length: S, tokens of a window.
+        batch_size: B, windows of a batch; the last batch may have fewer.
+        max_tokens: labels in all (each source gives its first tokens in proportion to its size, rounded up);
+            null: all.
+        isolate_documents: restart position_ids after each eos and mask the label of an eos, as in training.
+            The first token of a document is then no label.
+
+    Yields:
+        input_ids, shift_labels (-100: none), attention_mask (0: padding), and position_ids with
+        `isolate_documents`: int64 [B, S] each.
+
+    Raises:
+        UserError: no such split.
+    """
+    total = corpus.num_tokens(split)
+    streams = [stream for name in corpus.source_names if len(stream := corpus.stream(name, split))]
+    shown = total if max_tokens is None else min(total, max_tokens)
+    chunk = batch_size * sequence_length
+
+    def windows() -> Iterator[np.ndarray]:
+        for stream in streams:
+            # rounded up: max_tokens=1 still measures something of every source
+            length = -(-len(stream) * shown // total)
+            chunks = (stream.read(at, min(at + chunk, length)) for at in range(0, length, chunk))
+            yield from _windows(chunks, sequence_length, corpus.eos_token_id)
+
+    yield from _batches(windows(), batch_size, corpus.eos_token_id, isolate_documents)
+
+
+def text_batches(
+    tokenizer: "PreTrainedTokenizerBase",
+    texts: Iterable[str],
+    sequence_length: int,
+    batch_size: int,
+    isolate_documents: bool = False,
+) -> Iterator[dict[str, torch.Tensor]]:
+    """The same from documents as strings, each followed by eos.
+
+    Args:
+        tokenizer: a fast tokenizer with an eos token.
+        texts: the documents (`dsmoe.data.documents.read_texts` reads them from a file).
+        sequence_length: S, tokens of a window.
+        batch_size: B, windows of a batch.
+        isolate_documents: as in `evaluation_batches`.
+
+    Yields:
+        Batches as in `evaluation_batches`.
+
+    Raises:
+        UserError: the tokenizer is not a fast one or has no eos token.
+    """
+    from dsmoe.data.tokenization import DocumentEncoder
+
+    encoder = DocumentEncoder(tokenizer)
+    windows = _windows(encoder.encode(texts), sequence_length, encoder.eos_token_id)
+    yield from _batches(windows, batch_size, encoder.eos_token_id, isolate_documents)
+
+
+def isolate(batch: dict[str, np.ndarray], eos_token_id: int) -> None:
+    """Add position_ids that restart after each eos, and mask the labels of eos inputs, in place.
+
+    Args:
+        batch: input_ids and shift_labels, int64 [B, S].
+        eos_token_id: the token that ends a document.
+    """
+    is_eos_BS = batch["input_ids"] == eos_token_id
+    place_S = np.arange(is_eos_BS.shape[1])
+    start_BS = np.zeros(is_eos_BS.shape, dtype=np.int64)
+    start_BS[:, 1:] = np.where(is_eos_BS[:, :-1], place_S[1:], 0)
+    batch["position_ids"] = place_S - np.maximum.accumulate(start_BS, axis=1)
+    batch["shift_labels"][is_eos_BS] = IGNORED
+
+
+def _windows(chunks: Iterable[np.ndarray], size: int, eos_token_id: int) -> Iterator[np.ndarray]:
+    """Cut a stream given in chunks into windows of (one token before +) at most `size` labels."""
+    if size < 1:
+        raise UserError(f"sequence_length is {size}; it must be at least 1 token")
+    before = np.array([eos_token_id], dtype=np.int64)
+    # parts that do not fill a window yet, the token before them first
+    rest, length = [before], 0
+    for chunk in chunks:
+        rest.append(chunk.astype(np.int64))
+        length += len(chunk)
+        if length < size:
+            continue
+        tokens = np.concatenate(rest)
+        cut = length // size * size
+        for at in range(0, cut, size):
+            yield tokens[at : at + size + 1]
+        rest, length = [tokens[cut:]], length - cut
+    if length:
+        # padded with -1, which stands for no label
+        yield np.concatenate([*rest, np.full(size - length, -1, dtype=np.int64)])
+
+
+def _batches(
+    windows: Iterator[np.ndarray], batch_size: int, eos_token_id: int, isolate_documents: bool
+) -> Iterator[dict[str, torch.Tensor]]:
+    if batch_size < 1:
+        raise UserError(f"batch_size is {batch_size}; it must be at least 1 window")
+    rows: list[np.ndarray] = []
+    for window in windows:
+        rows.append(window)
+        if len(rows) == batch_size:
+            yield _batch(rows, eos_token_id, isolate_documents)
+            rows = []
+    if rows:
+        yield _batch(rows, eos_token_id, isolate_documents)
+
+
+def _batch(rows: list[np.ndarray], eos_token_id: int, isolate_documents: bool) -> dict[str, torch.Tensor]:
+    tokens = np.stack(rows)
+    inputs, labels = tokens[:, :-1].copy(), tokens[:, 1:].copy()
+    padding = labels < 0
+    # the input before the padding is the stream's last token, which has no successor
+    inputs[padding] = eos_token_id
+    labels[padding] = IGNORED
+    batch = {"input_ids": inputs, "shift_labels": labels, "attention_mask": (~padding).astype(np.int64)}
+    if isolate_documents:
+        isolate(batch, eos_token_id)
+    return {name: torch.from_numpy(value) for name, value in batch.items()}

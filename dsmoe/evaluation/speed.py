@@ -1,0 +1,52 @@
+"""Decode speed: tokens a second of greedy generation, one request at a time."""
+
+import statistics
+import time
+from typing import Any
+
+import torch
+from transformers import GenerationConfig
+
+
+def decode_tokens_per_second(
+    model: Any,
+    vocab_size: int,
+    *,
+    prompt_length: int = 16,
+    new_tokens: int = 64,
+    repeats: int = 3,
+    seed: int = 1234,
+) -> float:
+    """Median speed of `model.generate` with a KV cache at batch 1, after one warm-up.
+
+    Args:
+        model: any causal language model of transformers.
+        vocab_size: random prompt tokens are drawn below it.
+        prompt_length: tokens of the prompt, whose prefill counts in the time.
+        new_tokens: tokens to generate; an end-of-text token does not stop it.
+        repeats: timed runs.
+        seed: of the prompt.
+
+    Returns:
+        New tokens a second.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    prompt = torch.randint(0, vocab_size, (1, prompt_length), generator=generator).to(model.device)
+    config = GenerationConfig(
+        do_sample=False, use_cache=True, max_new_tokens=new_tokens, min_new_tokens=new_tokens, pad_token_id=0
+    )
+    seconds = []
+    for _ in range(repeats + 1):
+        _synchronize(model)
+        start = time.perf_counter()
+        with torch.inference_mode():
+            output = model.generate(prompt, attention_mask=torch.ones_like(prompt), generation_config=config)
+        _synchronize(model)
+        seconds.append(time.perf_counter() - start)
+        assert output.shape[1] == prompt_length + new_tokens, output.shape
+    return new_tokens / statistics.median(seconds[1:])
+
+
+def _synchronize(model: Any) -> None:
+    if model.device.type == "cuda":
+        torch.cuda.synchronize(model.device)

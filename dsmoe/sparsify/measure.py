@@ -1,0 +1,97 @@
+"""Measuring on text: how many experts each layer keeps, and the loss."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from tqdm import tqdm
+
+from dsmoe.model import DSMoEForCausalLM, model_inputs
+from dsmoe.model.routing import keep_experts
+
+
+@dataclass
+class ActiveExperts:
+    """Kept experts per layer and token.
+
+    Attributes:
+        counts: {"mlp" | "attention": L histograms [N + 1] int64: tokens that keep 0, 1, ..., N experts}.
+        uses: {part: L vectors [N] int64: tokens that keep each expert}.
+        num_tokens: tokens measured.
+        loss: language-modelling loss in nats per token, with the model's policies.
+    """
+
+    counts: dict[str, list[Tensor]] = field(default_factory=dict)
+    uses: dict[str, list[Tensor]] = field(default_factory=dict)
+    num_tokens: int = 0
+    loss: float = float("nan")
+
+    def mean(self, part: str) -> list[float]:
+        """Mean kept experts of a token, per layer."""
+        return [self._mean(histogram) for histogram in self.counts[part]]
+
+    def percentile(self, part: str, share: float) -> list[int]:
+        """The smallest count that at least `share` of the tokens don't exceed, per layer."""
+        found = []
+        for histogram in self.counts[part]:
+            cumulative = histogram.cumsum(0).double() / histogram.sum().clamp(min=1)
+            found.append(int((cumulative < share - 1e-12).sum()))
+        return found
+
+    @staticmethod
+    def _mean(histogram: Tensor) -> float:
+        counts = torch.arange(len(histogram), dtype=torch.float64)
+        return float((histogram * counts).sum() / histogram.sum().clamp(min=1))
+
+
+@torch.no_grad()
+def measure(
+    model: DSMoEForCausalLM, batches: Iterable[dict[str, Tensor]], progress: str | None = None
+) -> ActiveExperts:
+    """Run the model with its routing policies over text.
+
+    Args:
+        model: its config says which experts are kept.
+        batches: of `evaluation_batches` or `text_batches`.
+        progress: title of a progress bar; None: none.
+
+    Returns:
+        ActiveExperts over the tokens that are not padding.
+    """
+    found = ActiveExperts()
+    total, num_labels = 0.0, 0
+    training = model.training
+    model.eval()
+    for batch in tqdm(batches, desc=progress, disable=progress is None, unit="batch", leave=False):
+        batch = {key: value.to(model.device) for key, value in batch.items()}
+        outputs = model(**model_inputs(batch), use_cache=False)
+        labels = batch["shift_labels"]
+        losses = functional.cross_entropy(
+            outputs.logits.float().flatten(0, 1), labels.flatten(), reduction="sum"
+        )
+        total += float(losses.double())
+        num_labels += int((labels != -100).sum())
+        mask = batch["attention_mask"].flatten().bool()
+        found.num_tokens += int(mask.sum())
+        for part, logits in (("mlp", outputs.router_logits), ("attention", outputs.attention_router_logits)):
+            for layer, layer_logits in enumerate(logits or ()):
+                _count(
+                    found, part, layer, layer_logits.flatten(0, 1)[mask], model.config.routing(part, layer)
+                )
+    model.train(training)
+    found.loss = total / max(1, num_labels)
+    return found
+
+
+def _count(found: ActiveExperts, part: str, layer: int, logits_TN: Tensor, policy: dict) -> None:
+    kept = keep_experts(logits_TN.softmax(-1), policy)
+    num_experts = kept.shape[-1]
+    histograms = found.counts.setdefault(part, [])
+    uses = found.uses.setdefault(part, [])
+    if len(histograms) == layer:
+        histograms.append(torch.zeros(num_experts + 1, dtype=torch.int64))
+        uses.append(torch.zeros(num_experts, dtype=torch.int64))
+    histograms[layer] += kept.sum(-1).bincount(minlength=num_experts + 1).cpu()
+    uses[layer] += kept.sum(0).cpu()

@@ -1,0 +1,139 @@
+"""From what the user asks for to one routing policy per layer; some need calibration text."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from dsmoe.config.routing import Policy, policies_per_layer
+from dsmoe.errors import UserError
+from dsmoe.model import DSMoEForCausalLM, use_routing
+from dsmoe.sparsify.measure import ActiveExperts
+
+Measure = Callable[[], ActiveExperts]
+
+
+@dataclass
+class PolicyRequest:
+    """One part's policy as asked for.
+
+    Args:
+        name: a policy name, see `dsmoe.config.routing`.
+        k: experts per token; one for all layers or one per layer.
+        threshold: on N * p; one or one per layer.
+        top_p: probability mass.
+        target_active: instead of `threshold`: the mean share of active experts that one global threshold shall
+            give on calibration text.
+    """
+
+    name: str
+    k: list[int] | None = None
+    threshold: list[float] | None = None
+    top_p: float | None = None
+    target_active: float | None = None
+
+
+def resolve(
+    model: DSMoEForCausalLM, part: str, request: PolicyRequest, measure: Measure | None
+) -> list[Policy]:
+    """One policy per layer.
+
+    Args:
+        model: densely trained.
+        part: "mlp" or "attention".
+        request: what is asked for.
+        measure: measures the model, with the policies that its config has at the call, on calibration text; None
+            where there is no text.
+
+    Returns:
+        Checked policies, one per layer.
+
+    Raises:
+        UserError: an impossible request, or one that needs text where there is none.
+    """
+    config = model.config
+    num_experts = config.num_experts if part == "mlp" else config.num_attention_experts
+    layers = config.num_hidden_layers
+    if num_experts == 1:
+        if request.name != "dense":
+            raise UserError(
+                f"the model has no {part} experts, so policy {request.name!r} has nothing to choose"
+            )
+        return policies_per_layer(None, layers, num_experts, part)
+    thresholds = request.threshold
+    if request.target_active is not None:
+        if request.name not in ("threshold", "threshold_top_k"):
+            raise UserError(f"--target-active sets a threshold; policy {request.name!r} has none")
+        thresholds = [
+            _threshold_for(
+                model, part, request.target_active, num_experts, _needed(measure, "--target-active")
+            )
+        ]
+    policies: list[Policy] = []
+    for layer in range(layers):
+        policy: Policy = {"policy": request.name}
+        if request.name in ("threshold", "threshold_top_k"):
+            policy["threshold"] = _of_layer(thresholds, layer, layers, "--threshold", request.name)
+        if request.name == "top_k":
+            policy["k"] = _of_layer(request.k, layer, layers, "--k", request.name)
+        if request.name == "top_p":
+            policy["top_p"] = _of_layer(None if request.top_p is None else [request.top_p], layer, layers, "--top-p",
+                                        request.name)  # fmt: skip
+        policies.append(policy)
+    policies = policies_per_layer(policies, layers, num_experts, f"{part} policy")
+    if request.name == "threshold_top_k":
+        _fix_k(model, part, policies, _needed(measure, "policy threshold_top_k"))
+    return policies
+
+
+def _of_layer(values, layer: int, layers: int, option: str, policy: str):  # noqa: ANN
+    if not values:
+        raise UserError(f"policy {policy!r} needs {option}")
+    if len(values) not in (1, layers):
+        raise UserError(
+            f"{option} has {len(values)} values; give one, or one for each of the {layers} layers"
+        )
+    return values[layer if len(values) == layers else 0]
+
+
+def _needed(measure: Measure | None, what: str) -> Measure:
+    if measure is None:
+        raise UserError(f"{what} is fixed on calibration text: pass --text FILE or --data TOKEN_FOLDER")
+    return measure
+
+
+def _fix_k(model: DSMoEForCausalLM, part: str, policies: list[Policy], measure: Measure) -> None:
+    """K of a layer is the rounded mean count of the threshold rule over calibration text (never a batch's own)."""
+    plain = [{"policy": "threshold", "threshold": policy["threshold"]} for policy in policies]
+    with _policies(model, part, plain):
+        means = measure().mean(part)
+    for policy, mean in zip(policies, means):
+        policy["k"] = max(1, round(mean))
+
+
+def _threshold_for(
+    model: DSMoEForCausalLM, part: str, target: float, num_experts: int, measure: Measure
+) -> float:
+    """The global threshold whose mean active share is nearest to the target, by bisection.
+
+    Later layers see inputs that depend on what earlier layers drop, so each guess is measured anew.
+    """
+    if not 1 / num_experts <= target <= 1:
+        raise UserError(f"--target-active {target}: must be from 1/{num_experts} (one expert) to 1")
+    low, high = 0.0, float(num_experts)
+    best = (2.0, 0.0)
+    for _ in range(12):
+        # thresholds of interest lie below 1 far more often than near N
+        guess = (low + high) / 2 if high <= 2 else min(1.0, (low + high) / 2)
+        with _policies(
+            model, part, [{"policy": "threshold", "threshold": guess}] * model.config.num_hidden_layers
+        ):
+            means = measure().mean(part)
+        share = sum(means) / len(means) / num_experts
+        best = min(best, (abs(share - target), guess))
+        if best[0] < 0.002:
+            break
+        low, high = (guess, high) if share > target else (low, guess)
+    return round(best[1], 6)
+
+
+def _policies(model: DSMoEForCausalLM, part: str, policies: list[Policy]):
+    return use_routing(model, **{part: policies})

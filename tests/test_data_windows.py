@@ -1,0 +1,92 @@
+"""Evaluation batches: every token is a label exactly once, with the token before it as input."""
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from test_data_loader import EOS, tokens_of, write_corpus
+
+from dsmoe.data.loader import evaluation_batches
+from dsmoe.data.tokenization import train_tokenizer
+from dsmoe.data.windows import text_batches
+from dsmoe.errors import UserError
+
+
+def labelled(batches):
+    """(input, label) of every label, in order."""
+    pairs = []
+    for batch in batches:
+        keep = batch["shift_labels"] != -100
+        pairs += zip(batch["input_ids"][keep].tolist(), batch["shift_labels"][keep].tolist())
+    return pairs
+
+
+def expected(*streams):
+    return [pair for tokens in streams for pair in zip([EOS, *tokens[:-1]], tokens)]
+
+
+@given(
+    lengths=st.lists(st.integers(1, 120), min_size=1, max_size=3),
+    size=st.integers(1, 20),
+    rows=st.integers(1, 5),
+)
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+def test_every_token_is_a_label_once(tmp_path, lengths, size, rows):
+    streams = {f"s{i}": {"validation": tokens_of(length, i).tolist()} for i, length in enumerate(lengths)}
+    corpus = write_corpus(tmp_path / "corpus", streams)
+    batches = list(evaluation_batches(corpus, split="validation", sequence_length=size, batch_size=rows))
+    assert labelled(batches) == expected(*(splits["validation"] for splits in streams.values()))
+    for batch in batches:
+        assert batch["input_ids"].shape == batch["shift_labels"].shape == batch["attention_mask"].shape
+        assert batch["input_ids"].shape[0] <= rows
+        assert torch.equal(batch["attention_mask"] == 0, batch["shift_labels"] == -100)
+        assert (batch["input_ids"][batch["attention_mask"] == 0] == EOS).all()
+        assert all(value.dtype == torch.int64 for value in batch.values())
+
+
+def test_isolation_masks_the_label_of_eos(tmp_path):
+    tokens = tokens_of(100).tolist()
+    corpus = write_corpus(tmp_path / "corpus", {"a": {"test": tokens}})
+    batches = list(
+        evaluation_batches(corpus, split="test", sequence_length=9, batch_size=4, isolate_documents=True)
+    )
+    assert labelled(batches) == [(before, label) for before, label in expected(tokens) if before != EOS]
+    for batch in batches:
+        restart = torch.zeros_like(batch["input_ids"], dtype=torch.bool)
+        restart[:, 0] = True
+        restart[:, 1:] = batch["input_ids"][:, :-1] == EOS
+        assert torch.equal(batch["position_ids"] == 0, restart)
+
+
+def test_max_tokens_takes_from_every_source(tmp_path):
+    streams = {"a": tokens_of(300, 0).tolist(), "b": tokens_of(100, 1).tolist()}
+    corpus = write_corpus(
+        tmp_path / "corpus", {name: {"validation": tokens} for name, tokens in streams.items()}
+    )
+    options = {"split": "validation", "sequence_length": 7, "batch_size": 2}
+    pairs = labelled(evaluation_batches(corpus, max_tokens=40, **options))
+    assert pairs == expected(streams["a"][:30], streams["b"][:10])
+    assert len(labelled(evaluation_batches(corpus, max_tokens=10_000, **options))) == 400
+
+
+def test_unknown_split(tmp_path):
+    corpus = write_corpus(tmp_path / "corpus", {"a": {"train": [1, 2, 3]}})
+    with pytest.raises(UserError, match="no split 'validation'"):
+        list(evaluation_batches(corpus, split="validation", sequence_length=2, batch_size=1))
+
+
+def test_text_batches_equal_one_stream():
+    texts = ["The cat sat.\n", "on the mat, <|endoftext|> said", "été " * 30]
+    tokenizer = train_tokenizer(texts * 3, 300)
+    pieces = [tokenizer.backend_tokenizer.encode(text).ids for text in texts]
+    batches = list(text_batches(tokenizer, texts, sequence_length=5, batch_size=3))
+    pairs = labelled(batches)
+    stream = np.array([label for _, label in pairs])
+    assert pairs == expected(stream.tolist())
+    ends = np.flatnonzero(stream == tokenizer.eos_token_id)
+    # the end of text spelled out in the second document is ordinary text
+    assert len(ends) == 3
+    assert stream[: ends[0]].tolist() == pieces[0]
+    assert stream[ends[1] + 1 : ends[2]].tolist() == pieces[2]
+    assert tokenizer.decode(stream[ends[0] + 1 : ends[1]]) == texts[1]

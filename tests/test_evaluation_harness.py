@@ -1,0 +1,205 @@
+"""Scoring with lm-eval: against likelihoods computed by hand, and against lm-eval's own command line."""
+
+import json
+import logging
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from test_data_benchmarks import ROWS
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from dsmoe.config import DSMoEConfig
+from dsmoe.data.benchmarks import write_benchmarks
+from dsmoe.data.tokenization import train_tokenizer
+from dsmoe.errors import UserError
+from dsmoe.evaluation import harness
+from dsmoe.evaluation.loading import check_path, load_model
+from dsmoe.model import DSMoEForCausalLM
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore::ResourceWarning"),
+]
+
+
+def save_model(path, seed=0, **options):
+    """A random Llama, or with `kind` a model of our own, with a byte-level tokenizer."""
+    tokenizer = train_tokenizer(["Question: Open jar? Answer: water, the lid."] * 3, 280)
+    sizes = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 16,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "initializer_range": 0.4,
+        "max_position_embeddings": 256,
+        "eos_token_id": tokenizer.eos_token_id,
+        "bos_token_id": None,
+    }
+    torch.manual_seed(seed)
+    if "kind" in options:
+        model = DSMoEForCausalLM(DSMoEConfig(**{**sizes, **options}))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(**{**sizes, **options}))
+    model.save_pretrained(path)
+    tokenizer.save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("harness")
+    # lm-eval reads the questions through datasets, which keeps copies
+    import datasets.config
+
+    datasets.config.HF_DATASETS_CACHE, before = str(folder / "cache"), datasets.config.HF_DATASETS_CACHE
+    write_benchmarks(ROWS, folder / "tasks")
+    save_model(folder / "llama")
+    yield folder
+    datasets.config.HF_DATASETS_CACHE = before
+
+
+def likelihoods(loaded, context, choices):
+    """Log-likelihood of each choice after the context, one forward pass each."""
+    found = []
+    for choice in choices:
+        start = len(loaded.tokenizer(context)["input_ids"])
+        ids = loaded.tokenizer(context + choice)["input_ids"]
+        with torch.no_grad():
+            logits = loaded.model(torch.tensor([ids])).logits[0].log_softmax(-1)
+        found.append(sum(logits[i - 1, ids[i]].item() for i in range(start, len(ids))))
+    return found
+
+
+def best(values):
+    return max(range(len(values)), key=values.__getitem__)
+
+
+def piqa(loaded, row):
+    choices = [row["sol1"], row["sol2"]]
+    values = likelihoods(loaded, f"Question: {row['goal']}\nAnswer:", [f" {choice}" for choice in choices])
+    norm = [value / len(choice) for value, choice in zip(values, choices, strict=True)]
+    return best(values) == row["label"], best(norm) == row["label"]
+
+
+def arc(loaded, row):
+    choices, gold = row["choices"]["text"], row["choices"]["label"].index(row["answerKey"])
+    values = likelihoods(
+        loaded, f"Question: {row['question']}\nAnswer:", [f" {choice}" for choice in choices]
+    )
+    norm = [value / len(choice) for value, choice in zip(values, choices, strict=True)]
+    return best(values) == gold, best(norm) == gold
+
+
+def sciq(loaded, row):
+    choices = [row["distractor1"], row["distractor2"], row["distractor3"], row["correct_answer"]]
+    context = f"{row['support'].lstrip()}\nQuestion: {row['question']}\nAnswer:"
+    values = likelihoods(loaded, context, [f" {choice}" for choice in choices])
+    norm = [value / len(choice) for value, choice in zip(values, choices, strict=True)]
+    return best(values) == 3, best(norm) == 3
+
+
+def test_accuracies_equal_likelihoods_by_hand(place, capfd):
+    loaded = load_model(place / "llama", device="cpu")
+    found = harness.score_model(loaded, harness.PAPER_TASKS, include_path=place / "tasks", batch_size=3)
+    assert list(found["tasks"]) == list(harness.PAPER_TASKS)
+    for task, outcome in {"piqa": piqa, "arc_easy": arc, "sciq": sciq}.items():
+        acc, norm = zip(*(outcome(loaded, row) for row in ROWS[task]), strict=True)
+        assert found["questions"][task]["acc"] == "".join(str(int(right)) for right in acc)
+        assert found["questions"][task]["acc_norm"] == "".join(str(int(right)) for right in norm)
+        assert found["tasks"][task]["acc"] == pytest.approx(sum(acc) / len(acc))
+        assert found["tasks"][task]["acc_norm"] == pytest.approx(sum(norm) / len(norm))
+    assert {task: scores["num_questions"] for task, scores in found["tasks"].items()} == {
+        task: len(rows) for task, rows in ROWS.items()
+    }
+    assert found["tasks"]["sciq"]["split"] == "validation" and found["tasks"]["arc_easy"]["split"] == "test"
+    assert found["tasks"]["winogrande"]["acc_norm"] is None
+    assert found["tasks"]["arc_challenge"]["stderr"] is None  # one question
+    assert found["num_truncated"] == 0
+    assert capfd.readouterr() == ("", "")  # nothing of lm-eval's; the bar only shows on a terminal
+    assert logging.getLogger("lm_eval").level != logging.CRITICAL
+
+
+def test_limit_takes_the_first_questions(place):
+    loaded = load_model(place / "llama", device="cpu")
+    options = {"include_path": place / "tasks", "batch_size": 4}
+    full = harness.score_model(loaded, ["piqa", "hellaswag"], **options)["questions"]
+    part = harness.score_model(loaded, ["piqa", "hellaswag"], limit=2, **options)["questions"]
+    for task in ("piqa", "hellaswag"):
+        assert part[task]["acc"] == full[task]["acc"][:2]
+        assert part[task]["ids"] != full[task]["ids"]
+
+
+def test_batch_size_does_not_matter_to_a_sparse_model(place):
+    routing = {"policy": "threshold", "threshold": 0.9}
+    save_model(place / "sparse", kind="dsmoe", num_experts=4, mlp_routing=routing)
+    loaded = load_model(place / "sparse", device="cpu")
+    options = {"include_path": place / "tasks"}
+    found = [harness.score_model(loaded, ["piqa", "arc_easy"], batch_size=size, **options) for size in (1, 7)]
+    assert found[0]["questions"] == found[1]["questions"]
+
+
+def test_long_questions_are_counted(place):
+    loaded = load_model(save_model(place / "short", max_position_embeddings=24), device="cpu")
+    found = harness.score_model(loaded, ["arc_easy"], include_path=place / "tasks")
+    assert found["num_truncated"] > 0
+
+
+def test_parse_tasks():
+    assert harness.parse_tasks("paper") == list(harness.PAPER_TASKS)
+    assert harness.parse_tasks("boolq, piqa") == ["boolq", "piqa"]
+    for text, message in (("", "names no task"), ("paper,piqa", "piqa is named twice")):
+        with pytest.raises(UserError, match=message):
+            harness.parse_tasks(text)
+
+
+def test_errors(place, tmp_path):
+    loaded = load_model(place / "llama", device="cpu")
+    with pytest.raises(UserError, match="no such folder of tasks"):
+        harness.score_model(loaded, ["piqa"], include_path=tmp_path / "none")
+    with pytest.raises(UserError, match="--limit 0"):
+        harness.score_model(loaded, ["piqa"], limit=0)
+    broken = tmp_path / "tasks"
+    write_benchmarks({"piqa": ROWS["piqa"]}, broken)
+    (broken / "piqa.jsonl").unlink()
+    with pytest.raises(UserError, match="data cannot be read"):
+        harness.score_model(loaded, ["piqa"], include_path=broken)
+    for path, message in (
+        (tmp_path, "has no config.json"),
+        ("./none", "no such folder"),
+        ("a/b/c", "no such"),
+    ):
+        with pytest.raises(UserError, match=message):
+            check_path(str(path))
+    with pytest.raises(UserError, match="must be one of float32"):
+        load_model(place / "llama", dtype="float99")
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard"}), encoding="utf-8")
+    with pytest.raises(UserError, match="cannot be loaded"):
+        load_model(tmp_path)
+
+
+@pytest.mark.slow
+def test_equals_the_command_line(place):
+    tasks = ["hellaswag", "piqa", "winogrande", "sciq", "arc_easy"]
+    command = [sys.executable, "-m", "lm_eval", "run", "--model", "hf", "--device", "cpu", "--limit", "3"]
+    command += ["--model_args", f"pretrained={place / 'llama'},trust_remote_code=True,dtype=float32"]
+    command += [
+        "--include_path",
+        str(place / "tasks"),
+        "--tasks",
+        ",".join(f"{task}_local" for task in tasks),
+    ]
+    command += ["--output_path", str(place / "cli.json")]
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_DATASETS_CACHE": str(place / "cache")}
+    subprocess.run(command, check=True, capture_output=True, env=environment)
+    (output,) = place.glob("cli_*.json")
+    theirs = json.loads(output.read_text(encoding="utf-8"))["results"]
+    loaded = load_model(place / "llama", device="cpu")
+    ours = harness.score_model(loaded, tasks, include_path=place / "tasks", limit=3)["tasks"]
+    for task in tasks:
+        assert ours[task]["acc"] == theirs[f"{task}_local"]["acc,none"]
+        assert ours[task]["stderr"] == theirs[f"{task}_local"]["acc_stderr,none"]
+        assert ours[task]["acc_norm"] == theirs[f"{task}_local"].get("acc_norm,none")

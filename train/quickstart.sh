@@ -1,0 +1,39 @@
+#!/usr/bin/env bash
+# From nothing to a trained DS-MoE, its sparse version and both scored beside dense models: about 25 minutes on two
+# cores. Run it again after an interruption: finished parts are kept, training goes on from its last checkpoint.
+#   QUICKSTART_DIR     where everything goes                (default runs/quickstart)
+#   QUICKSTART_TOKENS  tokens that each model trains on     (default: the configs')
+#   QUICKSTART_LIMIT   questions of each benchmark          (default 200)
+#   DSMOE_CACHE        where downloaded wheels are kept     (default runs/cache)
+set -euo pipefail
+cd "$(dirname "$0")/.."
+source train/environment.sh ""
+dir="${QUICKSTART_DIR:-runs/quickstart}"
+cache="${DSMOE_CACHE:-runs/cache}"
+limit="${QUICKSTART_LIMIT:-200}"
+mkdir -p "$dir"
+
+echo "== text and benchmarks"
+[ -f "$dir/text.jsonl.gz" ] || dsmoe data text --cache "$cache" --output "$dir/text.jsonl.gz"
+[ -f "$dir/data/meta.json" ] || dsmoe data prepare --source "demonstration=$dir/text.jsonl.gz" \
+  --train-tokenizer 8192 --validation-fraction 0.01 --output "$dir/data"
+[ -f "$dir/benchmarks/benchmarks.json" ] || dsmoe data benchmarks --cache "$cache" --output "$dir/benchmarks"
+
+echo "== training"
+for name in dense dense-active dsmoe; do
+  [ -f "$dir/$name/summary.json" ] || accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
+    --dynamo_backend no train/pretrain.py --config "configs/quickstart/$name.yaml" \
+    --data.path "$dir/data" --train.output_dir "$dir/$name" --train.resume true \
+    ${QUICKSTART_TOKENS:+--train.total_tokens "$QUICKSTART_TOKENS"}
+done
+
+echo "== sparsify (the threshold is chosen on training text)"
+[ -f "$dir/dsmoe-sparse/sparsity.json" ] || dsmoe sparsify "$dir/dsmoe" --policy threshold --target-active 0.33 \
+  --data "$dir/data" --split train --max-tokens 30000 --output "$dir/dsmoe-sparse"
+
+echo "== score"
+python eval/score.py --model "dense=$dir/dense/final" --model "dense-active=$dir/dense-active/final" \
+  --model "dsmoe=$dir/dsmoe/final" --model "dsmoe-sparse=$dir/dsmoe-sparse" --tasks paper --limit "$limit" \
+  --include-path "$dir/benchmarks" --data "$dir/data" --sequence-length 256 --decode-speed --resume \
+  --output "$dir/scores.json" > "$dir/score.log"
+python eval/report_quickstart.py "$dir"
