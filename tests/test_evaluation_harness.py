@@ -2,9 +2,12 @@
 
 import json
 import logging
+import math
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -203,3 +206,45 @@ def test_equals_the_command_line(place):
         assert ours[task]["acc"] == theirs[f"{task}_local"]["acc,none"]
         assert ours[task]["stderr"] == theirs[f"{task}_local"]["acc_stderr,none"]
         assert ours[task]["acc_norm"] == theirs[f"{task}_local"].get("acc_norm,none")
+
+
+def test_wikitext_perplexity(place, monkeypatch, capfd):
+    pages = [" = Jar = \n The jar is open .", " Water is wet . "]
+    path = place / "wikitext"
+    path.mkdir()
+    (path / "pages.jsonl").write_text("".join(json.dumps({"page": page}) + "\n" for page in pages), "utf-8")
+    stock = harness_tasks() / "wikitext" / "wikitext.yaml"
+    (path / "wikitext.yaml").write_text(
+        f"include: {stock}\ntask: wikitext_local\ndataset_path: json\ndataset_name: null\n"
+        f"dataset_kwargs: {{data_files: {{test: {path / 'pages.jsonl'}}}}}\n"
+        "training_split: null\nvalidation_split: null\n",
+        "utf-8",
+    )
+    evaluate = harness._evaluate
+
+    def without_hub(loaded, tasks, include_path, *rest):
+        results, truncated = evaluate(loaded, tasks, path, *rest)
+        results["results"] = {"wikitext": results["results"]["wikitext_local"]}
+        return results, truncated
+
+    monkeypatch.setattr(harness, "_evaluate", without_hub)
+    loaded = load_model(place / "llama", device="cpu")
+    found = harness.wikitext(loaded, batch_size=2)
+    # lm-eval scores the detokenised text, and counts words and bytes of the original
+    from lm_eval.tasks.wikitext.preprocess_wikitext import wikitext_detokenizer
+
+    texts = [wikitext_detokenizer({"page": page}) for page in pages]
+    end = loaded.tokenizer.eos_token
+    nats = -sum(likelihoods(loaded, end, [text])[0] for text in texts)
+    assert found["bits_per_byte"] == pytest.approx(
+        nats / math.log(2) / sum(len(page.encode()) for page in pages), rel=1e-5
+    )
+    words = sum(len(re.split(r"\s+", page)) for page in pages)
+    assert found["word_perplexity"] == pytest.approx(math.exp(nats / words), rel=1e-5)
+    assert capfd.readouterr().err == ""
+
+
+def harness_tasks():
+    import lm_eval.tasks
+
+    return Path(lm_eval.tasks.__file__).parent

@@ -47,12 +47,21 @@ def test_a_threshold_counts_only_where_it_was_measured(tmp_path):
     found = describe_model(tmp_path, model)
     assert found["num_params_active"] is None and found["mlp_active_fraction"] is None
     assert found["policy"]["mlp"] == policies
-    measured = {"policy": {"policy": "threshold"}, "num_params_active": 123, "mlp_active_fraction": 0.3}
+    measured = {
+        "policy": {"mlp": policies, "attention": [{"policy": "dense"}] * 2},
+        "num_params_active": 123,
+        "mlp_active_fraction": 0.3,
+        "attention_active_fraction": 1.0,
+    }
     files.write_json(tmp_path / "sparsity.json", measured)
     found = describe_model(tmp_path, model)
     assert found["num_params_active"] == 123 and found["mlp_active_fraction"] == 0.3
-    assert found["policy"] == {"policy": "threshold"}
+    assert found["policy"] == {"mlp": policies, "attention": {"policy": "dense"}}
     assert found["num_params_total"] == total(model)
+    # a report of other thresholds says nothing about this model
+    stale = {**measured, "policy": {**measured["policy"], "mlp": policies[::-1]}}
+    files.write_json(tmp_path / "sparsity.json", stale)
+    assert describe_model(tmp_path, model)["num_params_active"] is None
 
 
 def test_other_architectures():

@@ -119,7 +119,7 @@ def test_resume_scores_only_what_is_missing(place, monkeypatch, capsys):
 def test_a_foreign_tokenizer_gets_no_validation_loss(place, capsys):
     save_model(place / "foreign")
     tokenizer = AutoTokenizer.from_pretrained(place / "foreign")
-    tokenizer.add_tokens(["jar"])
+    tokenizer.add_tokens(["<extra>"])
     tokenizer.save_pretrained(place / "foreign")
     output = place / "foreign.json"
     models = ["--model", place / "foreign", "--tasks", "none", "--data", place / "corpus", "--output", output]

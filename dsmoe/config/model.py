@@ -170,8 +170,9 @@ class DSMoEConfig(PreTrainedConfig):
             if self.gate_normalization == "l2":
                 scale = num_experts**0.5
             elif self.gate_normalization == "renormalized" and self.kind == "smoe":
-                ks = {policy["k"] for policy in self.mlp_routing if policy["policy"] == "top_k"}
-                if part == "mlp" and len(ks) == 1:
+                policies = getattr(self, f"{part}_routing")
+                ks = {policy["k"] if policy["policy"] == "top_k" else None for policy in policies}
+                if len(ks) == 1 and None not in ks:
                     scale = float(ks.pop())
             setattr(self, name, scale)
 

@@ -7,11 +7,11 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsmoe.config.model import DSMoEConfig
-from dsmoe.config.routing import Policy
+from dsmoe.config.routing import Policy, check_policy
 from dsmoe.errors import UserError
 
 
-def _model_settings() -> type:
+def _model_settings() -> Any:
     """A dataclass with exactly the fields that `DSMoEConfig` adds to transformers' own."""
     annotations = inspect.get_annotations(DSMoEConfig)
     fields = [(name, hint, field(default=getattr(DSMoEConfig, name))) for name, hint in annotations.items()]
@@ -20,7 +20,7 @@ def _model_settings() -> type:
     return made
 
 
-ModelSettings = _model_settings()
+ModelSettings: Any = _model_settings()
 
 
 @dataclass
@@ -203,7 +203,8 @@ class RunConfig:
 
     def model_config(self, **token_ids: int | None) -> DSMoEConfig:
         """The model's configuration, with special token ids added; raises UserError where it is impossible."""
-        return DSMoEConfig(**dataclasses.asdict(self.model), **token_ids)  # type: ignore[call-overload]
+        fields: dict[str, Any] = {**dataclasses.asdict(self.model), **token_ids}
+        return DSMoEConfig(**fields)
 
     def check(self) -> None:
         """Raise UserError on values that can't work, naming the field."""
@@ -212,11 +213,16 @@ class RunConfig:
             ("train", "total_tokens", 1),
             ("train", "global_batch_size", 1),
             ("train", "micro_batch_size", 1),
+            ("train", "log_every_steps", 1),
+            ("train", "eval_tokens", 1),
             ("train", "keep_last", 1),
         ):
             value = getattr(getattr(self, section), name)
             if value < low:
                 raise UserError(f"{section}.{name} is {value}; it must be at least {low}")
+        self.train.eval_policy = check_policy(
+            self.train.eval_policy, self.model.num_experts, "train.eval_policy"
+        )
         if not self.data.path:
             raise UserError("data.path is empty; give a token folder made by `dsmoe data prepare`")
         if not self.train.seeds:

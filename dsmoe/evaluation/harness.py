@@ -205,6 +205,15 @@ def _scorer(loaded: LoadedModel, batch_size: int, label: str) -> Any:
                 self.cache_hook = Progress(bar)
                 return super().loglikelihood(requests, disable_tqdm=True)
 
+        def loglikelihood_rolling(self, requests: Any, disable_tqdm: bool = False) -> Any:
+            return super().loglikelihood_rolling(requests, disable_tqdm=True)
+
+        def _loglikelihood_tokens(
+            self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
+        ) -> Any:
+            # of a rolling likelihood HFLM would show a bar for each batch of windows
+            return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
+
     return Scorer(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,

@@ -1,5 +1,6 @@
 """What a model is: kind, routing policy, total and active parameters, for any model of transformers."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -38,19 +39,27 @@ def describe_model(path: str | Path, model: Any) -> dict[str, Any]:
     measured = Path(path) / "sparsity.json"
     if measured.is_file():
         sparsity = files.read_json(measured)
-        described.update({key: sparsity[key] for key in _SPARSITY if sparsity.get(key) is not None})
-        described["policy"] = sparsity.get("policy", described["policy"])
+        policy = _shortened(sparsity["policy"])
+        # a report of other policies than the model's is out of date
+        if not ours or policy == described["policy"]:
+            described.update({key: sparsity[key] for key in _SPARSITY})
+            described["policy"] = policy
     return described
 
 
 def _policy(config: Any) -> dict[str, Any] | None:
     if config.kind == "dense":
         return None
-    parts = {"mlp": config.mlp_routing, "attention": config.attention_routing}
-    return {
-        part: layers[0] if all(one == layers[0] for one in layers) else layers
-        for part, layers in parts.items()
-    }
+    return _shortened({"mlp": config.mlp_routing, "attention": config.attention_routing})
+
+
+def _shortened(policy: Mapping[str, Any]) -> dict[str, Any]:
+    """Policies per part, with one dict in place of a list of equal ones."""
+    short = {}
+    for part, layers in policy.items():
+        alike = isinstance(layers, list) and layers and all(one == layers[0] for one in layers)
+        short[part] = layers[0] if alike else layers
+    return short
 
 
 def _embedding(model: Any) -> int:

@@ -15,8 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dsmoe.cli import run_reporting_errors
-from dsmoe.errors import UserError
+from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.evaluation.table import acc_norm_note, results_table, task_average
 
 Row = dict[str, Any]

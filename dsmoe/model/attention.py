@@ -11,12 +11,19 @@ from transformers import Cache
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from dsmoe.config import DSMoEConfig
+from dsmoe.model.initial import mark
 from dsmoe.model.norm import RMSNorm
 from dsmoe.model.rotary import rotate
 
 
 def eager_attention(
-    module: Any, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float, **_: Any
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float,
+    **_: Any,
 ) -> tuple[Tensor, Tensor]:
     """Plain attention, for `attn_implementation="eager"`.
 
@@ -53,8 +60,8 @@ class KeyValueAttention(nn.Module):
         width = config.num_key_value_heads * config.head_dim
         self.k_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.v_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.k_proj.initial_role = ("key", layer_idx)
-        self.v_proj.initial_role = ("value", layer_idx)
+        mark(self.k_proj, "key", layer_idx)
+        mark(self.v_proj, "value", layer_idx)
         if config.qk_norm == "full":
             self.q_norm = RMSNorm(config.num_attention_heads * config.head_dim, config.rms_norm_eps)
             self.k_norm = RMSNorm(width, config.rms_norm_eps)
@@ -82,7 +89,13 @@ class KeyValueAttention(nn.Module):
         return key, value
 
     def attend(
-        self, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, module: Any = None, **kwargs: Any
+        self,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        attention_mask: Tensor | None,
+        module: Any = None,
+        **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None]:
         """Attention by the implementation of the config.
 
@@ -97,7 +110,9 @@ class KeyValueAttention(nn.Module):
         Returns:
             output [B, S, H, hd] and, where the implementation gives them, weights.
         """
-        implementation = ALL_ATTENTION_FUNCTIONS.get_interface(self.config._attn_implementation, eager_attention)
+        implementation = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention
+        )
         return implementation(
             module or self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
@@ -111,8 +126,8 @@ class Attention(KeyValueAttention):
         width = config.num_attention_heads * config.head_dim
         self.q_proj = nn.Linear(config.hidden_size, width, bias=False)
         self.o_proj = nn.Linear(width, config.hidden_size, bias=False)
-        self.q_proj.initial_role = ("query", layer_idx)
-        self.o_proj.initial_role = ("output", layer_idx)
+        mark(self.q_proj, "query", layer_idx)
+        mark(self.o_proj, "output", layer_idx)
 
     def forward(
         self,

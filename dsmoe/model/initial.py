@@ -6,13 +6,32 @@ with uniform gates of one they are the same function: comparisons between them a
 """
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-ROLES = ("embedding", "lm_head", "query", "key", "value", "output", "up", "down", "mlp_router", "attention_router")
+ROLES = (
+    "embedding",
+    "lm_head",
+    "query",
+    "key",
+    "value",
+    "output",
+    "up",
+    "down",
+    "mlp_router",
+    "attention_router",
+)
+
+
+def mark(module: nn.Module, role: str, layer_idx: int) -> None:
+    """Tell a Linear or Embedding which role its weight has (see `initialise_linear`)."""
+    module.initial_role = role  # type: ignore[assignment]
+    module.initial_layer = layer_idx  # type: ignore[assignment]
 
 
 @torch.no_grad()
-def draw(shape: tuple[int, ...], std: float, role: str, layer_idx: int, like: Tensor, part: int = 0) -> Tensor:
+def draw(
+    shape: tuple[int, ...], std: float, role: str, layer_idx: int, like: Tensor, part: int = 0
+) -> Tensor:
     """Normal values with mean 0.
 
     Args:
@@ -43,7 +62,9 @@ def initialise_linear(parameter: Tensor, std: float, role: str, layer_idx: int, 
     assign(parameter, draw(tuple(parameter.shape), std, role, layer_idx, parameter, part))
 
 
-def initialise_experts(input_proj: Tensor, down_proj: Tensor, gated: bool, stds: tuple[float, float], layer_idx: int) -> None:
+def initialise_experts(
+    input_proj: Tensor, down_proj: Tensor, gated: bool, stds: tuple[float, float], layer_idx: int
+) -> None:
     """Draw the experts' weights in the dense twin's order (all gate rows, then all up rows) and deal them out.
 
     Args:

@@ -8,7 +8,7 @@ Shapes: B batch, S positions, T = B * S, D hidden size, A experts, J heads of on
 """
 
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -26,7 +26,8 @@ from dsmoe.model.routing import gate_values, keep_experts
 class MixtureOfHeads(KeyValueAttention):
     """Attention whose query heads are gated experts.
 
-    In memory `experts_q_proj` and `experts_o_proj` are [A, W, D]; on disk `experts_o_proj` is [A, D, W] (see `dsmoe.model.weights`).
+    In memory `experts_q_proj` and `experts_o_proj` are [A, W, D]; on disk `experts_o_proj` is [A, D, W] (see
+    `dsmoe.model.weights`).
     """
 
     q_norm: RMSNorm
@@ -38,7 +39,9 @@ class MixtureOfHeads(KeyValueAttention):
         shape = (self.num_experts, self.heads_per_expert * self.head_dim, config.hidden_size)
         self.experts_q_proj = nn.Parameter(torch.empty(shape))
         self.experts_o_proj = nn.Parameter(torch.empty(shape))
-        self.router = Router(config.hidden_size, self.num_experts, config.router_hidden_size, "attention_router", layer_idx)
+        self.router = Router(
+            config.hidden_size, self.num_experts, config.router_hidden_size, "attention_router", layer_idx
+        )
 
     def forward(
         self,
@@ -56,23 +59,21 @@ class MixtureOfHeads(KeyValueAttention):
         if not config.is_dense_layer("attention", self.layer_idx):
             mask_TA = keep_experts(probs_TA, config.routing("attention", self.layer_idx))
         gates_TA = gate_values(probs_TA, mask_TA, config.gate_normalization, config.attention_gate_scale)
-        key, value = self.keys_and_values(x_BSD, *position_embeddings, past_key_values)
+        call = _Call(
+            *self.keys_and_values(x_BSD, *position_embeddings, past_key_values),
+            position_embeddings,
+            attention_mask,
+            kwargs,
+        )
         if mask_TA is None:
-            out, weights = self._all_heads(x_BSD, gates_TA, key, value, position_embeddings, attention_mask, kwargs)
+            out, weights = self._all_heads(x_BSD, gates_TA, call)
         elif gates_TA.shape[0] == 1:
-            kept = mask_TA[0].nonzero()[:, 0]
-            out, weights = self._kept_heads(
-                x_BSD, gates_TA, kept, key, value, position_embeddings, attention_mask, kwargs
-            )
+            out, weights = self._kept_heads(x_BSD, gates_TA, mask_TA[0].nonzero()[:, 0], call)
         else:
-            out, weights = self._kept_pairs(
-                x_BSD, gates_TA, mask_TA, key, value, position_embeddings, attention_mask, kwargs
-            )
+            out, weights = self._kept_pairs(x_BSD, gates_TA, mask_TA, call)
         return out, weights, logits
 
-    def _attend_by_expert(
-        self, q_BSAW: Tensor, key: Tensor, value: Tensor, positions: tuple[Tensor, Tensor], mask: Any, kwargs: Any
-    ) -> tuple[Tensor, Tensor | None]:
+    def _attend_by_expert(self, q_BSAW: Tensor, call: "_Call") -> tuple[Tensor, Tensor | None]:
         """Attention outputs [B, S, A', W] of queries [B, S, A', W]; the A' heads of KV head j stand together."""
         batch, length, experts, _ = q_BSAW.shape
         heads = q_BSAW.unflatten(-1, (self.heads_per_expert, self.head_dim))
@@ -81,41 +82,57 @@ class MixtureOfHeads(KeyValueAttention):
         query = heads.permute(0, 3, 2, 1, 4).reshape(batch, -1, length, self.head_dim)
         # attention implementations read the number of query heads per KV head off the module
         stand_in = SimpleNamespace(
-            num_key_value_groups=experts, is_causal=True, training=self.training, config=self.config,
+            num_key_value_groups=experts,
+            is_causal=True,
+            training=self.training,
+            config=self.config,
             layer_idx=self.layer_idx,
-        )  # fmt: skip
-        out, weights = self.attend(rotate(query, *positions), key, value, mask, module=stand_in, **kwargs)
+        )
+        query = rotate(query, *call.positions)
+        out, weights = self.attend(query, call.key, call.value, call.mask, module=stand_in, **call.kwargs)
         out = out.unflatten(2, (self.heads_per_expert, experts)).transpose(2, 3)
         return out.flatten(3), weights
 
-    def _all_heads(self, x_BSD, gates_TA, key, value, positions, mask, kwargs):  # noqa: ANN
+    def _all_heads(self, x_BSD: Tensor, gates_TA: Tensor, call: "_Call") -> tuple[Tensor, Tensor | None]:
         """Dense mode: one wide projection in, one wide projection out, gates on the heads in between."""
         q_BSAW = (x_BSD @ self.experts_q_proj.flatten(0, 1).T).unflatten(-1, (self.num_experts, -1))
-        out, weights = self._attend_by_expert(q_BSAW, key, value, positions, mask, kwargs)
+        out, weights = self._attend_by_expert(q_BSAW, call)
         gated = out * gates_TA.to(out.dtype).view(*out.shape[:3], 1)
         return gated.flatten(2) @ self.experts_o_proj.flatten(0, 1), weights
 
-    def _kept_heads(self, x_BSD, gates_TA, kept, key, value, positions, mask, kwargs):  # noqa: ANN
+    def _kept_heads(
+        self, x_BSD: Tensor, gates_TA: Tensor, kept: Tensor, call: "_Call"
+    ) -> tuple[Tensor, Tensor | None]:
         """One token: only the kept experts' heads form the query."""
         q_BSAW = (x_BSD @ self.experts_q_proj[kept].flatten(0, 1).T).unflatten(-1, (kept.numel(), -1))
-        out, weights = self._attend_by_expert(q_BSAW, key, value, positions, mask, kwargs)
+        out, weights = self._attend_by_expert(q_BSAW, call)
         gated = out * gates_TA[:, kept].to(out.dtype).view(1, 1, -1, 1)
         return gated.flatten(2) @ self.experts_o_proj[kept].flatten(0, 1), weights
 
-    def _kept_pairs(self, x_BSD, gates_TA, mask_TA, key, value, positions, mask, kwargs):  # noqa: ANN
+    def _kept_pairs(
+        self, x_BSD: Tensor, gates_TA: Tensor, mask_TA: Tensor, call: "_Call"
+    ) -> tuple[Tensor, Tensor | None]:
         """Many tokens: projections of kept pairs only; the attention core still runs over all heads.
 
         Tokens of one sequence keep different heads, and attention kernels take a rectangle of heads and positions.
         """
         token_P, expert_P, counts = kept_pairs(mask_TA)
         x_TD = x_BSD.flatten(0, 1)
-        q_PW = grouped_linear(x_TD[token_P].to(key.dtype), self.experts_q_proj, counts, "out_in")
+        q_PW = grouped_linear(x_TD[token_P].to(call.key.dtype), self.experts_q_proj, counts, "out_in")
         q_TAW = q_PW.new_zeros(x_TD.shape[0], self.num_experts, q_PW.shape[-1])
         q_TAW = q_TAW.index_put((token_P, expert_P), q_PW)
-        out, weights = self._attend_by_expert(
-            q_TAW.unflatten(0, x_BSD.shape[:2]), key, value, positions, mask, kwargs
-        )
+        out, weights = self._attend_by_expert(q_TAW.unflatten(0, x_BSD.shape[:2]), call)
         out_PW = out.flatten(0, 1)[token_P, expert_P] * gates_TA[token_P, expert_P, None].to(out.dtype)
         y_PD = grouped_linear(out_PW, self.experts_o_proj, counts, "in_out")
         total = torch.zeros_like(x_TD, dtype=torch.promote_types(y_PD.dtype, torch.float32))
         return total.index_add(0, token_P, y_PD.to(total.dtype)).to(y_PD.dtype).view_as(x_BSD), weights
+
+
+class _Call(NamedTuple):
+    """What an attention call takes besides the queries."""
+
+    key: Tensor
+    value: Tensor
+    positions: tuple[Tensor, Tensor]
+    mask: Tensor | None
+    kwargs: dict[str, Any]

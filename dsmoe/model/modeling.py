@@ -18,7 +18,7 @@ from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 from dsmoe.config import DSMoEConfig
 from dsmoe.model.attention import Attention, KeyValueAttention
 from dsmoe.model.experts import Experts
-from dsmoe.model.initial import initialise_experts, initialise_heads, initialise_linear
+from dsmoe.model.initial import initialise_experts, initialise_heads, initialise_linear, mark
 from dsmoe.model.mlp import MixtureMLP
 from dsmoe.model.moa import MixtureOfHeads
 from dsmoe.model.norm import RMSNorm, rms_normalize
@@ -109,14 +109,19 @@ class DSMoEPreTrainedModel(PreTrainedModel):
             initialise_experts(module.input_proj, module.down_proj, gated, (std, std_out), module.layer_idx)
         elif isinstance(module, MixtureOfHeads):
             initialise_heads(
-                module.experts_q_proj, module.experts_o_proj, module.heads_per_expert, (std, std_out), module.layer_idx
+                module.experts_q_proj,
+                module.experts_o_proj,
+                module.heads_per_expert,
+                (std, std_out),
+                module.layer_idx,
             )
         elif isinstance(module, Router):
             for part, parameter in enumerate(module.parameters()):
                 initialise_linear(parameter, std, module.role, module.layer_idx, part)
         elif isinstance(module, nn.Linear | nn.Embedding):
-            role, layer_idx = module.initial_role
-            initialise_linear(module.weight, std_out if role == "output" else std, role, layer_idx)
+            role = str(module.initial_role)
+            std = std_out if role == "output" else std
+            initialise_linear(module.weight, std, role, int(module.initial_layer))  # type: ignore[arg-type]
         else:
             super()._init_weights(module)
 
@@ -127,7 +132,7 @@ class DSMoEModel(DSMoEPreTrainedModel):
     def __init__(self, config: DSMoEConfig) -> None:
         super().__init__(config)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.embed_tokens.initial_role = ("embedding", 0)
+        mark(self.embed_tokens, "embedding", 0)
         self.layers = nn.ModuleList(
             DSMoEDecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
@@ -217,7 +222,7 @@ class DSMoEForCausalLM(DSMoEPreTrainedModel, GenerationMixin):
         self.model = DSMoEModel(config)
         self.vocab_size = config.vocab_size
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
-        self.lm_head.initial_role = ("lm_head", 0)
+        mark(self.lm_head, "lm_head", 0)
         self.post_init()
 
     @can_return_tuple
@@ -250,7 +255,11 @@ class DSMoEForCausalLM(DSMoEPreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None or shift_labels is not None:
             loss = self.loss_function(
-                logits, labels, self.vocab_size, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
+                logits,
+                labels,
+                self.vocab_size,
+                shift_labels=shift_labels,
+                num_items_in_batch=num_items_in_batch,
             )
         return DSMoECausalLMOutput(
             loss=loss,

@@ -9,7 +9,9 @@ from transformers import PreTrainedModel
 from dsmoe.config.routing import policies_per_layer
 
 
-def set_routing(model: PreTrainedModel, part: str, policy: Mapping[str, Any] | Sequence[Mapping[str, Any]]) -> None:
+def set_routing(
+    model: PreTrainedModel, part: str, policy: Mapping[str, Any] | Sequence[Mapping[str, Any]]
+) -> None:
     """Set the routing policy of the "mlp" or "attention" experts, one for all layers or one per layer.
 
     Raises:

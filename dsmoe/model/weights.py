@@ -7,14 +7,14 @@ apart: `check_dims` must stay off.
 """
 
 from transformers.conversion_mapping import register_checkpoint_conversion_mapping
-from transformers.core_model_loading import Transpose, WeightConverter
+from transformers.core_model_loading import Transpose, WeightConverter, WeightRenaming
 
 TRANSPOSED_ON_DISK = ("mlp.experts.down_proj", "self_attn.experts_o_proj")
 
 
 def register_disk_layout(model_type: str) -> None:
     """Tell transformers how checkpoints of `model_type` differ from the model in memory."""
-    converters = [
+    converters: list[WeightConverter | WeightRenaming] = [
         WeightConverter(source_patterns=name, target_patterns=name, operations=[Transpose(1, 2)])
         for name in TRANSPOSED_ON_DISK
     ]

@@ -20,7 +20,13 @@ class _WideExperts(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TD: Tensor, gates_TN: Tensor | None, up_NHD: Tensor, down_NFD: Tensor, mlp_type: str, dtype: Any
+        ctx: Any,
+        x_TD: Tensor,
+        gates_TN: Tensor | None,
+        up_NHD: Tensor,
+        down_NFD: Tensor,
+        mlp_type: str,
+        dtype: Any,
     ) -> Tensor:
         x = x_TD.to(dtype)
         gates = None if gates_TN is None else gates_TN.to(dtype)
@@ -55,7 +61,9 @@ class _WideExperts(torch.autograd.Function):
         return grad_x, grad_gates, grad_up, grad_down, None, None
 
 
-def wide_experts(x_TD: Tensor, gates_TN: Tensor | None, up_NHD: Tensor, down_NFD: Tensor, mlp_type: str) -> Tensor:
+def wide_experts(
+    x_TD: Tensor, gates_TN: Tensor | None, up_NHD: Tensor, down_NFD: Tensor, mlp_type: str
+) -> Tensor:
     """Sum over all experts of gate times expert output.
 
     Args:

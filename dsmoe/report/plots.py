@@ -38,7 +38,9 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
         train = [(line["tokens"], line["lm_loss"]) for line in lines if "lm_loss" in line]
         tokens, losses = np.array(train).T
         for axes, start in ((left, 0), (right, len(tokens) // 2)):
-            axes.plot(tokens[start:] / 1e6, _smoothed(losses)[start:], color=colour, label=name, linewidth=1.6)
+            axes.plot(
+                tokens[start:] / 1e6, _smoothed(losses)[start:], color=colour, label=name, linewidth=1.6
+            )
         for key, marker in (("validation_loss", "o"), ("validation_loss_sparse", "x")):
             points = [(line["tokens"] / 1e6, line[key]) for line in lines if key in line]
             if points:
@@ -63,7 +65,9 @@ def _smoothed(values: np.ndarray, weight: float = 0.8) -> np.ndarray:
 
 
 def quality_against_active(
-    models: Sequence[Mapping[str, Any]], frontiers: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path
+    models: Sequence[Mapping[str, Any]],
+    frontiers: Mapping[str, Sequence[Mapping[str, Any]]],
+    path: str | Path,
 ) -> None:
     """Validation loss against active parameters: the models as points, one DS-MoE at many policies as lines.
 
@@ -109,7 +113,13 @@ def expert_use(report: Mapping[str, Any], path: str | Path) -> None:
     layers = np.arange(len(rows))
     figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6 + 0.15 * len(rows)))
     left.barh(layers, [row["mean"] for row in rows], color=COLOURS["dsmoe-sparse"], label="mean")
-    left.hlines(layers, [row["p50"] for row in rows], [row["p95"] for row in rows], color="#333333", label="p50 to p95")
+    left.hlines(
+        layers,
+        [row["p50"] for row in rows],
+        [row["p95"] for row in rows],
+        color="#333333",
+        label="p50 to p95",
+    )
     left.axvline(report["num_experts"], color="#bbbbbb", linestyle=":")
     left.set_xlabel(f"active MLP experts of {report['num_experts']} per token")
     left.set_ylabel("layer")

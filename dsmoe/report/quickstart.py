@@ -20,6 +20,7 @@ from dsmoe.environment import describe
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.evaluation.table import results_table
 from dsmoe.files import read_json, write_json
+from dsmoe.records import write_record
 from dsmoe.report.plots import expert_use, loss_curves, quality_against_active
 from dsmoe.sparsify.frontier import frontier
 
@@ -32,18 +33,21 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the report; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("folder", type=Path, help="the quickstart's folder, for example runs/quickstart")
+    parser.add_argument("--record", type=Path, help="also write a record into this folder")
     args = parser.parse_args(argv)
-    return run_reporting_errors(lambda: report(args.folder))
+    return run_reporting_errors(lambda: report(args.folder, args.record))
 
 
-def report(folder: Path) -> None:
-    """Write results.json and the plots into the folder and print the table."""
+def report(folder: Path, record: Path | None = None) -> None:
+    """Write results.json and the plots into the folder and print the table; then the record, if asked for."""
     scores = read_json(folder / "scores.json")
     summaries = {name: read_json(folder / name / "summary.json") for name in RUNS}
     models = {row["name"]: row for row in scores["models"]}
     missing = [name for name in (*RUNS, SPARSE) if name not in models]
     if missing:
-        raise UserError(f"{folder / 'scores.json'}: {', '.join(missing)} not scored; run train/quickstart.sh again")
+        raise UserError(
+            f"{folder / 'scores.json'}: {', '.join(missing)} not scored; run train/quickstart.sh again"
+        )
     rows = [models[name] for name in (*RUNS, SPARSE)]
     frontiers = _frontiers(folder, summaries["dsmoe"])
     losses = {name: models[name]["validation_loss"] for name in models}
@@ -71,8 +75,19 @@ def report(folder: Path) -> None:
     loss_curves({name: _log(folder / name) for name in RUNS}, folder / PLOTS[0])
     quality_against_active(rows, frontiers, folder / PLOTS[1])
     expert_use(read_json(folder / SPARSE / "sparsity.json"), folder / PLOTS[2])
-    print(results_table(rows))
-    print(_verdict(models[SPARSE], differences))
+    table, verdict = results_table(rows), _verdict(models[SPARSE], differences)
+    print(f"{table}\n{verdict}")
+    if record is not None:
+        write_record(
+            record,
+            title="The quickstart",
+            command="bash train/quickstart.sh && python eval/report_quickstart.py runs/quickstart --record "
+            f"eval/records/{record.name}",
+            conclusion=f"{table}\n{verdict}",
+            files=[folder / "results.json", *(folder / name for name in PLOTS)],
+            details={"seeds": {name: summary["seed"] for name, summary in summaries.items()}},
+            overwrite=True,
+        )
     print(f"\n{folder / 'results.json'}, " + ", ".join(str(folder / name) for name in PLOTS))
 
 

@@ -87,12 +87,22 @@ def run(args: argparse.Namespace) -> None:
     }
     for part in ("mlp", "attention"):
         set_routing(model, part, resolve(model, part, requests[part], calibrate))
+    if calibrate is None and not _counts_are_fixed(model):
+        raise UserError(
+            f"how many experts policy {args.policy!r} keeps depends on the text: pass --text FILE or --data TOKEN_FOLDER"
+        )
     active = None if calibrate is None else calibrate()
     report = sparsity_report(model, active, args.sequence_length)
     write_sparse(model, report, args.output, folder, args.overwrite)
     print(json.dumps(report, indent=2) if args.json else human_report(report))
     if not args.json:
         print(f"written to {args.output}")
+
+
+def _counts_are_fixed(model: DSMoEForCausalLM) -> bool:
+    config = model.config
+    policies = [config.routing(part, i) for part in ("mlp", "attention") for i in range(config.num_hidden_layers)]
+    return all(policy["policy"] == "dense" or policy.get("k") for policy in policies)
 
 
 def _attention_request(args: argparse.Namespace, model: DSMoEForCausalLM) -> PolicyRequest:

@@ -11,6 +11,9 @@ from tqdm import tqdm
 from dsmoe.model import DSMoEForCausalLM, model_inputs
 from dsmoe.model.routing import keep_experts
 
+# histogram of log2(N * p): N * p from 2^-24 to 2^10 in steps of 0.3%
+LOWEST, HIGHEST, BINS = -24.0, 10.0, 8192
+
 
 @dataclass
 class ActiveExperts:
@@ -19,12 +22,14 @@ class ActiveExperts:
     Attributes:
         counts: {"mlp" | "attention": L histograms [N + 1] int64: tokens that keep 0, 1, ..., N experts}.
         uses: {part: L vectors [N] int64: tokens that keep each expert}.
+        scores: {part: [BINS] histogram over all layers of log2(N * p), of which a threshold is a quantile}.
         num_tokens: tokens measured.
         loss: language-modelling loss in nats per token, with the model's policies.
     """
 
     counts: dict[str, list[Tensor]] = field(default_factory=dict)
     uses: dict[str, list[Tensor]] = field(default_factory=dict)
+    scores: dict[str, Tensor] = field(default_factory=dict)
     num_tokens: int = 0
     loss: float = float("nan")
 
@@ -39,6 +44,12 @@ class ActiveExperts:
             cumulative = histogram.cumsum(0).double() / histogram.sum().clamp(min=1)
             found.append(int((cumulative < share - 1e-12).sum()))
         return found
+
+    def threshold_for(self, part: str, share: float) -> float:
+        """The threshold on N * p above which this share of all (token, expert) pairs lies, over all layers."""
+        above = self.scores[part].flip(0).cumsum(0).double() / self.scores[part].sum()
+        bins_kept = int((above <= share).sum())
+        return float(2.0 ** (HIGHEST - bins_kept * (HIGHEST - LOWEST) / BINS))
 
     @staticmethod
     def _mean(histogram: Tensor) -> float:
@@ -86,8 +97,12 @@ def measure(
 
 
 def _count(found: ActiveExperts, part: str, layer: int, logits_TN: Tensor, policy: dict) -> None:
-    kept = keep_experts(logits_TN.softmax(-1), policy)
+    probs_TN = logits_TN.softmax(-1)
+    kept = keep_experts(probs_TN, policy)
     num_experts = kept.shape[-1]
+    scores = (probs_TN * num_experts).log2().clamp(LOWEST, HIGHEST).float()
+    histogram = torch.histc(scores, bins=BINS, min=LOWEST, max=HIGHEST).long().cpu()
+    found.scores[part] = found.scores.get(part, torch.zeros(BINS, dtype=torch.int64)) + histogram
     histograms = found.counts.setdefault(part, [])
     uses = found.uses.setdefault(part, [])
     if len(histograms) == layer:

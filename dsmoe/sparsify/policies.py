@@ -1,7 +1,9 @@
 """From what the user asks for to one routing policy per layer; some need calibration text."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from typing import Any
 
 from dsmoe.config.routing import Policy, policies_per_layer
 from dsmoe.errors import UserError
@@ -84,7 +86,7 @@ def resolve(
     return policies
 
 
-def _of_layer(values, layer: int, layers: int, option: str, policy: str):  # noqa: ANN
+def _of_layer(values: Sequence[Any] | None, layer: int, layers: int, option: str, policy: str) -> Any:
     if not values:
         raise UserError(f"policy {policy!r} needs {option}")
     if len(values) not in (1, layers):
@@ -112,28 +114,31 @@ def _fix_k(model: DSMoEForCausalLM, part: str, policies: list[Policy], measure: 
 def _threshold_for(
     model: DSMoEForCausalLM, part: str, target: float, num_experts: int, measure: Measure
 ) -> float:
-    """The global threshold whose mean active share is nearest to the target, by bisection.
+    """The global threshold whose mean active share is nearest to the target.
 
-    Later layers see inputs that depend on what earlier layers drop, so each guess is measured anew.
+    Later layers see inputs that depend on what earlier layers drop, so the quantile is taken anew under each guess.
     """
     if not 1 / num_experts <= target <= 1:
         raise UserError(f"--target-active {target}: must be from 1/{num_experts} (one expert) to 1")
-    low, high = 0.0, float(num_experts)
+    layers = model.config.num_hidden_layers
     best = (2.0, 0.0)
-    for _ in range(12):
-        # thresholds of interest lie below 1 far more often than near N
-        guess = (low + high) / 2 if high <= 2 else min(1.0, (low + high) / 2)
+    guess, quantile = 0.0, target
+    for _ in range(8):
         with _policies(
-            model, part, [{"policy": "threshold", "threshold": guess}] * model.config.num_hidden_layers
+            model, part, [{"policy": "threshold", "threshold": min(guess, float(num_experts))}] * layers
         ):
-            means = measure().mean(part)
+            active = measure()
+        means = active.mean(part)
         share = sum(means) / len(means) / num_experts
         best = min(best, (abs(share - target), guess))
-        if best[0] < 0.002:
+        if best[0] < 0.003:
             break
-        low, high = (guess, high) if share > target else (low, guess)
+        if guess:
+            # every token keeps at least one expert, which a quantile doesn't know
+            quantile = min(1.0, max(0.0, quantile + (target - share)))
+        guess = active.threshold_for(part, quantile)
     return round(best[1], 6)
 
 
-def _policies(model: DSMoEForCausalLM, part: str, policies: list[Policy]):
+def _policies(model: DSMoEForCausalLM, part: str, policies: list[Policy]) -> AbstractContextManager[None]:
     return use_routing(model, **{part: policies})

@@ -15,10 +15,10 @@ from jsonargparse import ArgumentParser, Namespace
 
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError, run_reporting_errors
-from dsmoe.files import write_json, write_text
+from dsmoe.files import read_json, write_json, write_text
 from dsmoe.trainer.launch import start
 from dsmoe.trainer.loop import TrainingRun
-from dsmoe.trainer.seeds import compare, summarise
+from dsmoe.trainer.seeds import compare, seed_folders, summarise
 
 EPILOG = """examples:
   accelerate launch train/pretrain.py --config configs/quickstart/dsmoe.yaml
@@ -86,6 +86,8 @@ def _run(argv: Sequence[str] | None) -> None:
         print(resolved)
         return
     config.model_config()
+    if arguments.compare_to and not seed_folders(Path(arguments.compare_to)):
+        raise UserError(f"--compare_to {arguments.compare_to}: no finished run there (no summary.json)")
     accelerator = start(config)
     root = Path(config.train.output_dir)
     if config.train.trackers:
@@ -93,6 +95,10 @@ def _run(argv: Sequence[str] | None) -> None:
     summaries = []
     for seed in config.train.seeds:
         folder = root if len(config.train.seeds) == 1 else root / f"seed-{seed}"
+        if config.train.resume and (folder / "summary.json").exists():
+            accelerator.print(f"seed {seed} is finished already ({folder / 'summary.json'})")
+            summaries.append(read_json(folder / "summary.json"))
+            continue
         run = TrainingRun(copy.deepcopy(config), seed, folder, accelerator)
         if accelerator.is_main_process:
             write_text(root / "config.yaml", resolved)

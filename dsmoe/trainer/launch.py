@@ -21,13 +21,17 @@ def start(config: RunConfig) -> Accelerator:
     on_cpu = not torch.cuda.is_available()
     # a single process has no group; naming a backend would make accelerate look for one
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    accelerator = Accelerator(
-        cpu=on_cpu,
-        mixed_precision="bf16" if config.train.precision == "bf16" else "no",
-        log_with=config.train.trackers or None,
-        project_dir=config.train.output_dir,
-        kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and several else [],
-    )
+    try:
+        accelerator = Accelerator(
+            cpu=on_cpu,
+            mixed_precision="bf16" if config.train.precision == "bf16" else "no",
+            log_with=config.train.trackers or None,
+            project_dir=config.train.output_dir,
+            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and several else [],
+        )
+    except ValueError as error:
+        # WORLD_SIZE without the rest of a launcher's variables, an unknown tracker, ...
+        raise UserError(f"the processes can't be set up ({' '.join(str(error).split())})") from error
     check_processes(accelerator.num_processes, config.train.num_processes)
     return accelerator
 

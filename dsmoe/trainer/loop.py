@@ -25,8 +25,8 @@ from dsmoe.model.kernels import selected_kernel
 from dsmoe.model.routing import keep_experts
 from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_factor
 from dsmoe.trainer.log import RunLog
-from dsmoe.trainer.matmul import choose_float32_matmul
 from dsmoe.trainer.mask_phase import ThresholdController
+from dsmoe.trainer.matmul import choose_float32_matmul
 from dsmoe.trainer.statistics import RunningMean, Statistics, report
 from dsmoe.trainer.step import Stepper, StepResult
 from dsmoe.trainer.validation import validate

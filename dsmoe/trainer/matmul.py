@@ -18,7 +18,7 @@ def choose_float32_matmul(wanted: str) -> str:
     Returns:
         The mode in use: "bf16" or "ieee".
     """
-    setting = torch.backends.mkldnn.matmul
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     setting.fp32_precision = "ieee"
     if wanted == "strict" or not torch.backends.mkldnn.is_available():
         return "ieee"

@@ -64,13 +64,17 @@ class Stepper:
         accelerator = self.accelerator
         num_labels = sum((batch["shift_labels"] != -100).sum() for batch in micro_batches)
         num_labels = accelerator.reduce(torch.as_tensor(num_labels), reduction="sum").clamp(min=1)
+        num_tokens = torch.as_tensor(
+            sum(_count_tokens(batch) for batch in micro_batches), device=accelerator.device
+        )
+        num_tokens = accelerator.reduce(num_tokens, reduction="sum")
         known = self._gather(micro_batches) if self._needs_gathering(len(micro_batches)) else None
         seen: Statistics | None = None
         lm_sum = torch.zeros((), dtype=torch.float64)
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with accelerator.no_sync(self.model) if not last else nullcontext():
-                lm_loss, statistics = self._micro_step(batch, num_labels, mi_factor, known)
+                lm_loss, statistics = self._micro_step(batch, num_labels, num_tokens, mi_factor, known)
             lm_sum += lm_loss
             seen = add(seen, statistics)
         grad_norm = 0.0
@@ -102,7 +106,12 @@ class Stepper:
         return reduce(self.accelerator, total or {})
 
     def _micro_step(
-        self, batch: Batch, num_labels: Tensor, mi_factor: float, known: Statistics | None
+        self,
+        batch: Batch,
+        num_labels: Tensor,
+        num_tokens: Tensor,
+        mi_factor: float,
+        known: Statistics | None,
     ) -> tuple[Tensor, Statistics]:
         config = self.accelerator.unwrap_model(self.model).config
         outputs = self.model(
@@ -120,8 +129,8 @@ class Stepper:
             statistics = reduce(self.accelerator, local)
             if self.running is not None:
                 means = self.running.update(statistics)
-                # a micro-batch stands for its share of the step's tokens
-                statistics = {part: _with_tokens(value, num_labels) for part, value in statistics.items()}
+            # a micro-batch stands for its share of the step's tokens
+            statistics = {part: _with_tokens(value, num_tokens) for part, value in statistics.items()}
         for part, logits in part_logits(outputs).items():
             losses = router_losses(logits, statistics[part], token_mask, means.get(part))
             mi_coef = getattr(self.settings, f"router_mi_loss_coef_{part}") * mi_factor
@@ -134,6 +143,10 @@ class Stepper:
         # gradients are averaged over processes, and every term above is already divided by the global count
         self.accelerator.backward(loss * self.accelerator.num_processes)
         return outputs.loss.detach().double().cpu(), local
+
+
+def _count_tokens(batch: Batch) -> Tensor | int:
+    return batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
 
 
 def _with_tokens(statistics: RouterStatistics, num_tokens: Tensor) -> RouterStatistics:

@@ -1,8 +1,8 @@
 """Which kernel computes the gated activation: DSMOE_KERNEL=auto|eager|compile|cpp, read at first use.
 
-`auto` takes cpp on CPU and compile on CUDA (the latter is untested: no GPU was at hand), and eager with a warning where
-that kernel can't be had. A kernel that is asked for by name and can't be had is an error. float64, and tensors that are
-traced or stand for others (meta, fake), always go through eager.
+`auto` takes cpp on CPU and compile on CUDA (untested: no GPU was at hand), and eager with a warning
+where that kernel can't be had. A kernel that is asked for by name and can't be had is an error.
+float64, and tensors that stand for others (meta, fake), always go through eager.
 """
 
 import logging

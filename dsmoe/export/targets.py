@@ -1,0 +1,150 @@
+"""The target models: their configuration and their weights, made from a dsmoe model.
+
+Shapes: V vocabulary, D hidden size, N experts, F hidden units of one expert.
+"""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import (
+    LlamaConfig,
+    LlamaForCausalLM,
+    OlmoeConfig,
+    OlmoeForCausalLM,
+    PreTrainedConfig,
+    PreTrainedModel,
+    Qwen2MoeConfig,
+    Qwen2MoeForCausalLM,
+)
+
+from dsmoe.config import DSMoEConfig
+from dsmoe.export.requirements import uniform_top_k
+from dsmoe.model import DSMoEForCausalLM
+from dsmoe.model.norm import rms_normalize
+
+_MODEL_CLASSES: dict[str, Any] = {
+    "olmoe": OlmoeForCausalLM,
+    "qwen2moe": Qwen2MoeForCausalLM,
+    "llama": LlamaForCausalLM,
+}
+
+
+def is_exact(config: DSMoEConfig, dtype: torch.dtype) -> bool:
+    """Whether folding commutes with rounding the weights to `dtype`, so that nothing but the cast itself is lost."""
+    power_of_two = math.frexp(_folded_scale(config))[0] == 0.5
+    return dtype == torch.float32 or (power_of_two and not config.normalize_embeddings)
+
+
+def target_config(config: DSMoEConfig, target: str) -> PreTrainedConfig:
+    """The configuration of the target architecture for an exportable model."""
+    sizes: Any = config  # what may be null in a config file is derived by now
+    fields: dict[str, Any] = {
+        name: getattr(config, name)
+        for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads",
+                     "max_position_embeddings", "initializer_range", "rms_norm_eps", "use_cache", "bos_token_id",
+                     "eos_token_id", "pad_token_id")
+    }  # fmt: skip
+    fields.update(
+        hidden_act="silu",
+        # the model reads theta alone, whatever else stands in its rope_parameters
+        rope_parameters={"rope_type": "default", "rope_theta": float(sizes.rope_parameters["rope_theta"])},
+        # the folded input table is no output projection any more
+        tie_word_embeddings=config.tie_word_embeddings and not config.normalize_embeddings,
+    )
+    if target == "llama":
+        return LlamaConfig(
+            **fields, intermediate_size=config.intermediate_size, attention_bias=False, mlp_bias=False
+        )
+    fields.update(
+        num_experts=config.num_experts,
+        num_experts_per_tok=uniform_top_k(config, target),
+        norm_topk_prob=config.gate_normalization == "renormalized",
+        output_router_logits=False,
+        router_aux_loss_coef=0.0,
+    )
+    if target == "olmoe":
+        return OlmoeConfig(
+            **fields, intermediate_size=sizes.moe_intermediate_size, attention_bias=False, clip_qkv=None
+        )
+    return Qwen2MoeConfig(
+        **fields,
+        intermediate_size=config.intermediate_size,
+        moe_intermediate_size=sizes.moe_intermediate_size,
+        shared_expert_intermediate_size=1,
+        decoder_sparse_step=1,
+        mlp_only_layers=[],
+        qkv_bias=False,
+        use_sliding_window=False,
+        max_window_layers=config.num_hidden_layers,
+    )
+
+
+def target_weights(model: DSMoEForCausalLM, target: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The state dict of the target model.
+
+    Args:
+        model: exportable, in float32: scale and normalisation are applied before the one rounding to `dtype`.
+        target: "olmoe", "qwen2moe" or "llama".
+        dtype: of the result.
+    """
+    weights: dict[str, Tensor] = {}
+    for name, value in model.state_dict().items():
+        if ".mlp." in name:
+            continue
+        weights[name] = value.to(dtype)
+    if model.config.normalize_embeddings:
+        table_VD = model.model.embed_tokens.weight.detach()
+        weights["model.embed_tokens.weight"] = rms_normalize(table_VD, model.config.rms_norm_eps).to(dtype)
+    for layer, module in enumerate(model.model.layers):
+        made = _mlp_weights(module.mlp, model.config, target)
+        weights.update({f"model.layers.{layer}.mlp.{name}": value.to(dtype) for name, value in made.items()})
+    return weights
+
+
+def target_model(model: DSMoEForCausalLM, target: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The target model with its weights in `dtype`, to be saved (its rotary buffers are not materialised)."""
+    # on "meta" nothing is allocated or drawn; the weights are then assigned, not copied
+    with torch.device("meta"):
+        made = _MODEL_CLASSES[target](target_config(model.config, target))
+    made.load_state_dict(target_weights(model, target, dtype), strict=True, assign=True)
+    made.tie_weights()
+    made.generation_config = model.generation_config
+    return made
+
+
+def _folded_scale(config: DSMoEConfig) -> float:
+    # a dense twin has no gates
+    return 1.0 if config.num_experts == 1 or config.mlp_gate_scale is None else config.mlp_gate_scale
+
+
+def _mlp_weights(mlp: Any, config: DSMoEConfig, target: str) -> dict[str, Tensor]:
+    gate_up_NHD = mlp.experts.gate_up_proj.detach()
+    down_NDF = (mlp.experts.down_proj.detach() * _folded_scale(config)).transpose(1, 2).contiguous()
+    if target == "llama":
+        gate_FD, up_FD = gate_up_NHD[0].chunk(2)
+        return {
+            "gate_proj.weight": gate_FD.contiguous(),
+            "up_proj.weight": up_FD.contiguous(),
+            "down_proj.weight": down_NDF[0],
+        }
+    hidden = config.hidden_size
+    # the softmax over one expert is 1 whatever its logit: a dense twin takes a router of zeros
+    router_ND = gate_up_NHD.new_zeros(1, hidden) if mlp.router is None else mlp.router.weight.detach()
+    weights = {
+        "gate.weight": router_ND,
+        "experts.gate_up_proj": gate_up_NHD,
+        "experts.down_proj": down_NDF,
+    }
+    if target == "qwen2moe":
+        zeros_1D = gate_up_NHD.new_zeros(1, hidden)
+        weights.update(
+            {
+                "shared_expert.gate_proj.weight": zeros_1D,
+                "shared_expert.up_proj.weight": zeros_1D.clone(),
+                "shared_expert.down_proj.weight": gate_up_NHD.new_zeros(hidden, 1),
+                "shared_expert_gate.weight": zeros_1D.clone(),
+            }
+        )
+    return weights

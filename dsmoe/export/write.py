@@ -1,0 +1,140 @@
+"""An export from end to end: load, refuse or convert, check, and only then let the folder appear."""
+
+import shutil
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsmoe import __version__
+from dsmoe.checkpoint.pretrained import load_pretrained, write_pretrained
+from dsmoe.config import DSMoEConfig
+from dsmoe.errors import UserError
+from dsmoe.export.check import (
+    EXACT,
+    ROUNDED_AFTER_FOLDING,
+    Agreement,
+    check_tokens,
+    compare,
+    load_exported,
+    outputs_of,
+    require_agreement,
+)
+from dsmoe.export.requirements import ARCHITECTURES, check_exportable, uniform_top_k
+from dsmoe.export.targets import is_exact, target_model
+from dsmoe.files import new_folder, read_json, sha256, write_json
+from dsmoe.model import DSMoEForCausalLM
+
+REPORT = "export.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# of `dsmoe sparsify`; true of a native copy as well
+_CARRIED_ALONG = ("sparsity.json",)
+
+
+def export(
+    checkpoint: str | Path,
+    target: str,
+    output: str | Path,
+    dtype: str | None = None,
+    *,
+    overwrite: bool = False,
+) -> dict[str, Any]:
+    """Write a checkpoint in another format; the folder appears after its logits were checked.
+
+    Args:
+        checkpoint: dsmoe model folder, or folder of a finished run.
+        target: one of FORMATS.
+        output: folder to write.
+        dtype: of the weights, one of DTYPES; None: the checkpoint's.
+        overwrite: replace a folder that is not empty.
+
+    Returns:
+        The report that also stands in the folder's export.json.
+
+    Raises:
+        UserError: the target cannot hold the model, or the export differs from it; nothing is written then.
+    """
+    output = Path(output)
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+    if output.is_dir() and any(output.iterdir()) and not overwrite:
+        raise UserError(f"{output}: the folder is not empty; name another one or pass --overwrite")
+    model, source = load_pretrained(checkpoint, torch.float32)
+    if output.resolve() in (source.resolve(), *source.resolve().parents):
+        raise UserError(f"{output}: holds the checkpoint itself; name another folder")
+    check_exportable(model.config, target)
+    dtype = dtype or _own_dtype(source)
+    with new_folder(output, overwrite=overwrite) as beside:
+        _write(model, target, DTYPES[dtype], source, beside)
+        agreement = _check(model, target, DTYPES[dtype], beside)
+        report = {
+            "format": target,
+            "architecture": ARCHITECTURES[target],
+            "dtype": dtype,
+            "source_config_sha256": sha256(source / "config.json"),
+            "dsmoe_version": __version__,
+            **asdict(agreement),
+            "notes": notes_of(model.config, target, dtype),
+        }
+        write_json(beside / REPORT, report)
+    return report
+
+
+def notes_of(config: DSMoEConfig, target: str, dtype: str) -> list[str]:
+    """What a user of the export should know."""
+    notes = []
+    if target == "dsmoe":
+        return ["loads where the dsmoe package is installed; stock tools need trust_remote_code besides"]
+    name = ARCHITECTURES[target]
+    if config.num_experts > 1 and uniform_top_k(config, target) == config.num_experts:
+        notes.append(
+            f"all {config.num_experts} experts are kept for every token: `dsmoe sparsify` first for speed"
+        )
+    if config.normalize_embeddings:
+        notes.append("the normalised embedding table is stored, and the output projection beside it, untied")
+    if dtype != "float32" and not is_exact(config, DTYPES[dtype]):
+        notes.append(
+            f"folding (gate scale {config.mlp_gate_scale:g}, normalize_embeddings {config.normalize_embeddings}) was "
+            f"done in float32 before rounding to {dtype}; it is inexact there, since the scale is no power of two or "
+            "the embeddings are normalised: export float32 for equality"
+        )
+    if dtype != "float32" and config.num_experts > 1:
+        notes.append(
+            f"run in {dtype}, {name} also computes router logits in {dtype} where dsmoe keeps float32: a near tie may "
+            "keep another expert"
+        )
+    return notes
+
+
+def _own_dtype(source: Path) -> str:
+    dtype = read_json(source / "config.json").get("dtype")
+    return dtype if dtype in DTYPES else "float32"
+
+
+def _write(model: Any, target: str, dtype: torch.dtype, source: Path, folder: Path) -> None:
+    """Write the folder's files; the model's own weights are rounded to `dtype` (in float32) afterwards."""
+    if target == "dsmoe":
+        write_pretrained(model.to(dtype), folder, source)
+        for name in _CARRIED_ALONG:
+            if (source / name).exists():
+                shutil.copy(source / name, folder / name)
+    else:
+        write_pretrained(target_model(model, target, dtype), folder, source, shim=False)
+        model.to(dtype)
+    # the model has no buffers that a cast would spoil
+    model.float()
+
+
+def _check(model: DSMoEForCausalLM, target: str, dtype: torch.dtype, folder: Path) -> Agreement:
+    config = model.config
+    tokens_BS = check_tokens(config.vocab_size, config.max_position_embeddings)
+    original = outputs_of(model, tokens_BS)
+    exported = outputs_of(load_exported(folder), tokens_BS)
+    native = target != "dsmoe"
+    top_k = uniform_top_k(config, target) if native and config.num_experts > 1 else None
+    agreement = compare(original, exported, top_k)
+    exact = not native or is_exact(config, dtype)
+    router_scale = 0.0 if original.router_logits is None else original.router_logits.abs().max().item()
+    require_agreement(agreement, EXACT if exact else ROUNDED_AFTER_FOLDING, router_scale)
+    return agreement

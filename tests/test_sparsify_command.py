@@ -1,0 +1,187 @@
+"""`dsmoe sparsify`: policies against naive counts, checkpoints that load, refusals."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from dsmoe import DSMoEConfig, DSMoEForCausalLM
+from dsmoe.accounting import count_parameters
+from dsmoe.checkpoint import save_pretrained
+from dsmoe.cli import main
+from dsmoe.model import use_routing
+from dsmoe.sparsify import measure
+from dsmoe.sparsify.frontier import frontier
+
+VOCAB = 64
+
+
+def make_model(**changes):
+    torch.manual_seed(0)
+    config = {
+        "vocab_size": VOCAB,
+        "hidden_size": 32,
+        "intermediate_size": 64,
+        "num_hidden_layers": 2,
+        "num_experts": 8,
+        "num_attention_heads": 4,
+        "initializer_range": 0.3,  # routers that decide
+        **changes,
+    }
+    return DSMoEForCausalLM(DSMoEConfig(**config, eos_token_id=0)).eval()
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A tokenizer of words "t0" to "t63", a text file, and two checkpoints (MLP experts; both kinds)."""
+    root = tmp_path_factory.mktemp("sparsify")
+    words = {f"t{i}": i for i in range(1, VOCAB)} | {"<eos>": 0}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(root / "tokenizer")
+    generator = torch.Generator().manual_seed(1)
+    lines = []
+    for _ in range(30):
+        ids = torch.randint(1, VOCAB, (20,), generator=generator).tolist()
+        lines.append(json.dumps({"text": " ".join(f"t{i}" for i in ids)}))
+    (root / "text.jsonl").write_text("\n".join(lines))
+    save_pretrained(make_model(), root / "mlp", root / "tokenizer")
+    moa = make_model(num_attention_experts=4, num_attention_heads=8, qk_norm="per_head")
+    save_pretrained(moa, root / "moa", root / "tokenizer")
+    return root
+
+
+def sparsify(folders, tmp_path, *args, checkpoint="mlp"):
+    output = tmp_path / "sparse"
+    status = main(["sparsify", str(folders / checkpoint), "--output", str(output), *args])
+    return status, output
+
+
+def ids():
+    return torch.randint(1, VOCAB, (3, 17), generator=torch.Generator().manual_seed(2))
+
+
+def test_threshold_checkpoint_equals_masking_the_policy(folders, tmp_path):
+    text = ["--text", str(folders / "text.jsonl"), "--sequence-length", "32"]
+    status, output = sparsify(folders, tmp_path, "--policy", "threshold", "--threshold", "0.9", *text)
+    assert status == 0
+    sparse = AutoModelForCausalLM.from_pretrained(output)
+    assert sparse.config.mlp_routing == [{"policy": "threshold", "threshold": 0.9}] * 2
+    model = make_model()
+    with torch.no_grad(), use_routing(model, mlp={"policy": "threshold", "threshold": 0.9}):
+        expected = model(ids()).logits
+        torch.testing.assert_close(sparse(ids()).logits, expected)
+    report = json.loads((output / "sparsity.json").read_text())
+    means = [row["mlp"]["mean"] for row in report["per_layer"]]
+    assert 1 <= min(means) < 8
+    counts = count_parameters(sparse.config, {"mlp": means, "attention": [1.0, 1.0]})
+    assert report["num_params_total"] == sum(p.numel() for p in sparse.parameters())
+    assert report["num_params_active"] == pytest.approx(counts.active, rel=1e-3)
+    for row, mean in zip(report["per_layer"], means):
+        assert sum(row["mlp"]["expert_share"]) == pytest.approx(mean, abs=1e-3)
+
+
+def test_measure_counts_like_a_naive_loop():
+    model = make_model()
+    tokens = ids()
+    mask = torch.ones_like(tokens)
+    mask[1, 9:] = 0
+    batch = {"input_ids": tokens, "attention_mask": mask, "shift_labels": tokens.masked_fill(mask == 0, -100)}
+    with use_routing(model, mlp={"policy": "threshold", "threshold": 1.0}):
+        active = measure(model, [batch])
+        with torch.no_grad():
+            logits = model(tokens, attention_mask=mask).router_logits
+    for layer, layer_logits in enumerate(logits):
+        counts = []
+        for row in range(3):
+            for position in range(17):
+                if mask[row, position]:
+                    probs = layer_logits[row, position].softmax(-1)
+                    counts.append(max(1, int((probs * 8 > 1.0).sum())))
+        assert active.mean("mlp")[layer] == pytest.approx(sum(counts) / len(counts))
+        assert active.percentile("mlp", 0.5)[layer] == sorted(counts)[(len(counts) + 1) // 2 - 1]
+        assert active.num_tokens == len(counts)
+
+
+def test_threshold_top_k_fixes_k_as_the_rounded_mean(folders, tmp_path):
+    text = ["--text", str(folders / "text.jsonl"), "--sequence-length", "32"]
+    _, plain = sparsify(folders, tmp_path / "a", "--policy", "threshold", "--threshold", "0.9", *text)
+    _, fixed = sparsify(folders, tmp_path / "b", "--policy", "threshold_top_k", "--threshold", "0.9", *text)
+    means = [row["mlp"]["mean"] for row in json.loads((plain / "sparsity.json").read_text())["per_layer"]]
+    policies = json.loads((fixed / "config.json").read_text())["mlp_routing"]
+    assert [policy["k"] for policy in policies] == [max(1, round(mean)) for mean in means]
+
+
+@pytest.mark.parametrize("target", [0.2, 0.4, 0.8])
+def test_target_active_is_met(folders, tmp_path, target):
+    text = ["--text", str(folders / "text.jsonl"), "--sequence-length", "32"]
+    status, output = sparsify(
+        folders, tmp_path, "--policy", "threshold", "--target-active", str(target), *text
+    )
+    assert status == 0
+    report = json.loads((output / "sparsity.json").read_text())
+    assert report["mlp_active_fraction"] == pytest.approx(target, abs=0.02)
+
+
+def test_top_k_needs_no_text_and_takes_one_k_per_layer(folders, tmp_path):
+    status, output = sparsify(folders, tmp_path, "--policy", "top_k", "--k", "3,1")
+    assert status == 0
+    report = json.loads((output / "sparsity.json").read_text())
+    assert [policy["k"] for policy in report["policy"]["mlp"]] == [3, 1]
+    assert report["mlp_active_fraction"] == pytest.approx(4 / 16)
+
+
+def test_attention_experts_follow_the_threshold_and_stay_whole_under_top_k(folders, tmp_path):
+    text = ["--text", str(folders / "text.jsonl"), "--sequence-length", "32"]
+    _, output = sparsify(
+        folders, tmp_path / "a", "--policy", "threshold", "--threshold", "0.7", *text, checkpoint="moa"
+    )
+    config = AutoModelForCausalLM.from_pretrained(output).config
+    assert config.attention_routing == [{"policy": "threshold", "threshold": 0.7}] * 2
+    _, output = sparsify(folders, tmp_path / "b", "--policy", "top_k", "--k", "2", checkpoint="moa")
+    assert AutoModelForCausalLM.from_pretrained(output).config.attention_routing == [{"policy": "dense"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        (["--policy", "top_k", "--k", "9"], ["9", "1 to 8"]),
+        (["--policy", "top_k"], ["--k"]),
+        (["--policy", "top_k", "--k", "1,2,3"], ["3 values", "2 layers"]),
+        (["--policy", "threshold", "--threshold", "0.5"], ["--text"]),
+        (["--policy", "threshold", "--target-active", "0.01", "--text", "TEXT"], ["0.01"]),
+        (["--policy", "threshold", "--threshold", "nan", "--text", "TEXT"], ["nan"]),
+        (["--policy", "top_k", "--k", "2", "--text", "missing.jsonl"], ["missing.jsonl"]),
+    ],
+)
+def test_bad_requests_get_one_line_and_write_nothing(folders, tmp_path, capsys, args, words):
+    args = [str(folders / "text.jsonl") if word == "TEXT" else word for word in args]
+    status, output = sparsify(folders, tmp_path, *args)
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert status == 2
+    assert error.startswith("error: ")
+    assert all(word in error for word in words), error
+    assert not output.exists()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_is_not_empty_is_refused(folders, tmp_path, capsys):
+    (tmp_path / "sparse").mkdir()
+    (tmp_path / "sparse" / "precious").write_text("x")
+    status, output = sparsify(folders, tmp_path, "--policy", "top_k", "--k", "2")
+    assert status == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert (output / "precious").read_text() == "x"
+
+
+def test_frontier_restores_the_policy_and_all_experts_is_the_dense_loss():
+    model = make_model()
+    tokens = ids()
+    batch = {"input_ids": tokens, "attention_mask": torch.ones_like(tokens), "shift_labels": tokens}
+    points = frontier(model, [batch], [{"policy": "top_k", "k": k} for k in (2, 8)])
+    assert model.config.mlp_routing == [{"policy": "dense"}] * 2
+    assert points[1]["loss"] == pytest.approx(measure(model, [batch]).loss, abs=1e-6)
+    assert points[0]["mlp_active_fraction"] == pytest.approx(0.25)
+    assert points[0]["num_params_active"] < points[1]["num_params_active"]
