@@ -6,6 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, OlmoeForCausalLM, Qwen2MoeForCausalLM
 
 from dsmoe import DSMoEConfig, DSMoEForCausalLM, cli
@@ -96,6 +97,40 @@ def test_native_model_equals_original(tmp_path, target, gates, k, tied):
     assert config.tie_word_embeddings == tied
     assert report["max_abs_logit_difference"] < 1e-5
     assert report["argmax_agreement"] == 1.0
+
+
+@pytest.mark.parametrize("target", ["olmoe", "qwen2moe"])
+@pytest.mark.parametrize("tied", [True, False])
+def test_untied_export(tmp_path, target, tied):
+    original = saved(
+        tmp_path / "source", qk_norm=QK_NORM[target], mlp_routing=top_k(2), tie_word_embeddings=tied
+    )
+    report = export(tmp_path / "source", target, tmp_path / "out", untie=True)
+    native = assert_equal_models(original, tmp_path / "out")
+    assert native.config.tie_word_embeddings is False
+    assert "lm_head.weight" in load_file(tmp_path / "out" / "model.safetensors")
+    assert not any("--untie" in note for note in report["notes"])
+
+
+def test_shared_expert_is_zero_and_its_gate_reads_a_channel(tmp_path):
+    original = saved(tmp_path / "source", qk_norm="none", mlp_routing=top_k(2))
+    export(tmp_path / "source", "qwen2moe", tmp_path / "out")
+    weights = load_file(tmp_path / "out" / "model.safetensors")
+    for layer in range(2):
+        prefix = f"model.layers.{layer}.mlp.shared_expert"
+        for name in ("gate_proj", "up_proj", "down_proj"):
+            assert not weights[f"{prefix}.{name}.weight"].any()
+        # silu(x) / x, which llama.cpp computes for its sigmoid, is not a number at x = 0
+        normed = original.model.layers[layer].post_attention_layernorm(torch.randn(50, 32))
+        x = normed @ weights[f"{prefix}_gate.weight"].T
+        assert torch.isfinite(torch.nn.functional.silu(x) / x).all()
+
+
+def test_notes_on_other_engines(tmp_path):
+    saved(tmp_path / "source", mlp_routing=top_k(2), gate_normalization="renormalized")
+    notes = "\n".join(export(tmp_path / "source", "olmoe", tmp_path / "out")["notes"])
+    for word in ("norm_topk_prob", "--untie", "rms_norm_eps is 0.0001"):
+        assert word in notes
 
 
 @pytest.mark.parametrize("target", ["olmoe", "qwen2moe"])
@@ -315,6 +350,8 @@ def test_command_line(tmp_path, capsys):
     assert report["dtype"] == "float32"
     assert (tmp_path / "out" / "tokenizer.json").exists()
     assert str(tmp_path) not in (tmp_path / "out" / "export.json").read_text()
+    assert cli.main([*arguments, "--format", "dsmoe", "--untie"]) == 2
+    assert "--untie" in capsys.readouterr().err
     assert cli.main(arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
     assert cli.main([*arguments, "--overwrite", "--dtype", "bfloat16"]) == 0

@@ -119,7 +119,8 @@ def test_load_balancing_equals_transformers(top_k):
     assert top_k * value.item() == pytest.approx(expected.item(), rel=1e-6)
     (wanted,) = torch.autograd.grad(expected, layer)
     (found,) = torch.autograd.grad(router_losses([layer], statistics).load_balancing, layer)
-    torch.testing.assert_close(top_k * found, wanted, rtol=1e-6, atol=1e-9)
+    # they count assignments in float32
+    torch.testing.assert_close(top_k * found, wanted, rtol=1e-5, atol=1e-7)
 
 
 def test_flatten_and_back():

@@ -19,6 +19,7 @@ The folder appears only after it was loaded afresh and gave the original's logit
 examples:
   dsmoe sparsify runs/dsmoe/final --policy top_k --k 4 --output runs/dsmoe-top4
   dsmoe export runs/dsmoe-top4 --format olmoe --output runs/dsmoe-top4-olmoe
+  dsmoe export runs/dsmoe-top4 --format olmoe --dtype bfloat16 --untie --output DIR          for llama.cpp, vLLM
   dsmoe export runs/dsmoe-top4 --format qwen2moe --dtype bfloat16 --output DIR
   dsmoe export runs/dense/final --format llama --output DIR
   dsmoe export runs/dsmoe-threshold --format dsmoe --dtype bfloat16 --output DIR --json"""
@@ -34,6 +35,11 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument("--format", required=True, choices=FORMATS, help="see below")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights (default: the checkpoint's)")
+    parser.add_argument(
+        "--untie",
+        action="store_true",
+        help="store the output projection of a tied model beside its embedding table (llama.cpp wants it)",
+    )
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     parser.set_defaults(run=run)
@@ -41,7 +47,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Export as the arguments say; raises UserError on bad input, before the folder appears."""
-    report = export(args.checkpoint, args.format, args.output, args.dtype, overwrite=args.overwrite)
+    report = export(
+        args.checkpoint, args.format, args.output, args.dtype, untie=args.untie, overwrite=args.overwrite
+    )
     print(json.dumps(report, indent=2) if args.json else human_report(report, args.output))
 
 

@@ -37,7 +37,12 @@ def is_exact(config: DSMoEConfig, dtype: torch.dtype) -> bool:
     return dtype == torch.float32 or (power_of_two and not config.normalize_embeddings)
 
 
-def target_config(config: DSMoEConfig, target: str) -> PreTrainedConfig:
+def is_tied(config: DSMoEConfig, untie: bool) -> bool:
+    """Whether the export shares embedding table and output projection; a normalised table is no output projection."""
+    return config.tie_word_embeddings and not config.normalize_embeddings and not untie
+
+
+def target_config(config: DSMoEConfig, target: str, untie: bool = False) -> PreTrainedConfig:
     """The configuration of the target architecture for an exportable model."""
     sizes: Any = config  # what may be null in a config file is derived by now
     fields: dict[str, Any] = {
@@ -50,8 +55,7 @@ def target_config(config: DSMoEConfig, target: str) -> PreTrainedConfig:
         hidden_act="silu",
         # the model reads theta alone, whatever else stands in its rope_parameters
         rope_parameters={"rope_type": "default", "rope_theta": float(sizes.rope_parameters["rope_theta"])},
-        # the folded input table is no output projection any more
-        tie_word_embeddings=config.tie_word_embeddings and not config.normalize_embeddings,
+        tie_word_embeddings=is_tied(config, untie),
     )
     if target == "llama":
         return LlamaConfig(
@@ -98,17 +102,23 @@ def target_weights(model: DSMoEForCausalLM, target: str, dtype: torch.dtype) -> 
         table_VD = model.model.embed_tokens.weight.detach()
         weights["model.embed_tokens.weight"] = rms_normalize(table_VD, model.config.rms_norm_eps).to(dtype)
     for layer, module in enumerate(model.model.layers):
-        made = _mlp_weights(module.mlp, model.config, target)
+        made = _mlp_weights(module, model.config, target)
         weights.update({f"model.layers.{layer}.mlp.{name}": value.to(dtype) for name, value in made.items()})
     return weights
 
 
-def target_model(model: DSMoEForCausalLM, target: str, dtype: torch.dtype) -> PreTrainedModel:
+def target_model(
+    model: DSMoEForCausalLM, target: str, dtype: torch.dtype, untie: bool = False
+) -> PreTrainedModel:
     """The target model with its weights in `dtype`, to be saved (its rotary buffers are not materialised)."""
     # on "meta" nothing is allocated or drawn; the weights are then assigned, not copied
     with torch.device("meta"):
-        made = _MODEL_CLASSES[target](target_config(model.config, target))
-    made.load_state_dict(target_weights(model, target, dtype), strict=True, assign=True)
+        made = _MODEL_CLASSES[target](target_config(model.config, target, untie))
+    weights = target_weights(model, target, dtype)
+    if untie:
+        # safetensors stores no two names for one tensor
+        weights["lm_head.weight"] = weights["lm_head.weight"].clone()
+    made.load_state_dict(weights, strict=True, assign=True)
     made.tie_weights()
     made.generation_config = model.generation_config
     return made
@@ -119,7 +129,8 @@ def _folded_scale(config: DSMoEConfig) -> float:
     return 1.0 if config.num_experts == 1 or config.mlp_gate_scale is None else config.mlp_gate_scale
 
 
-def _mlp_weights(mlp: Any, config: DSMoEConfig, target: str) -> dict[str, Tensor]:
+def _mlp_weights(layer: Any, config: DSMoEConfig, target: str) -> dict[str, Tensor]:
+    mlp = layer.mlp
     gate_up_NHD = mlp.experts.gate_up_proj.detach()
     down_NDF = (mlp.experts.down_proj.detach() * _folded_scale(config)).transpose(1, 2).contiguous()
     if target == "llama":
@@ -138,13 +149,22 @@ def _mlp_weights(mlp: Any, config: DSMoEConfig, target: str) -> dict[str, Tensor
         "experts.down_proj": down_NDF,
     }
     if target == "qwen2moe":
-        zeros_1D = gate_up_NHD.new_zeros(1, hidden)
-        weights.update(
-            {
-                "shared_expert.gate_proj.weight": zeros_1D,
-                "shared_expert.up_proj.weight": zeros_1D.clone(),
-                "shared_expert.down_proj.weight": gate_up_NHD.new_zeros(hidden, 1),
-                "shared_expert_gate.weight": zeros_1D.clone(),
-            }
-        )
+        weights.update(_shared_expert(layer.post_attention_layernorm.weight.detach()))
     return weights
+
+
+def _shared_expert(norm_D: Tensor) -> dict[str, Tensor]:
+    """A shared expert that always gives 0: one hidden unit, all weights zero.
+
+    Its gate, a sigmoid times that 0, is free. It reads one channel instead of none, the one with the largest norm
+    weight: llama.cpp computes sigmoid(x) as silu(x) / x, so a gate of zeros would be 0 / 0 there.
+    """
+    hidden = norm_D.numel()
+    gate_1D = norm_D.new_zeros(1, hidden)
+    gate_1D[0, norm_D.abs().argmax()] = 1.0
+    return {
+        "shared_expert.gate_proj.weight": norm_D.new_zeros(1, hidden),
+        "shared_expert.up_proj.weight": norm_D.new_zeros(1, hidden),
+        "shared_expert.down_proj.weight": norm_D.new_zeros(hidden, 1),
+        "shared_expert_gate.weight": gate_1D,
+    }

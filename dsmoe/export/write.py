@@ -9,7 +9,6 @@ import torch
 
 from dsmoe import __version__
 from dsmoe.checkpoint.pretrained import load_pretrained, write_pretrained
-from dsmoe.config import DSMoEConfig
 from dsmoe.errors import UserError
 from dsmoe.export.check import (
     EXACT,
@@ -21,6 +20,7 @@ from dsmoe.export.check import (
     outputs_of,
     require_agreement,
 )
+from dsmoe.export.notes import notes_of
 from dsmoe.export.requirements import ARCHITECTURES, check_exportable, uniform_top_k
 from dsmoe.export.targets import is_exact, target_model
 from dsmoe.files import new_folder, read_json, sha256, write_json
@@ -38,6 +38,7 @@ def export(
     output: str | Path,
     dtype: str | None = None,
     *,
+    untie: bool = False,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint in another format; the folder appears after its logits were checked.
@@ -47,6 +48,7 @@ def export(
         target: one of FORMATS.
         output: folder to write.
         dtype: of the weights, one of DTYPES; None: the checkpoint's.
+        untie: store the output projection of a tied model beside its embedding table.
         overwrite: replace a folder that is not empty.
 
     Returns:
@@ -58,6 +60,8 @@ def export(
     output = Path(output)
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+    if untie and target == "dsmoe":
+        raise UserError("--untie is for the other formats; dsmoe keeps the model's own tying")
     if output.is_dir() and any(output.iterdir()) and not overwrite:
         raise UserError(f"{output}: the folder is not empty; name another one or pass --overwrite")
     model, source = load_pretrained(checkpoint, torch.float32)
@@ -66,7 +70,7 @@ def export(
     check_exportable(model.config, target)
     dtype = dtype or _own_dtype(source)
     with new_folder(output, overwrite=overwrite) as beside:
-        _write(model, target, DTYPES[dtype], source, beside)
+        _write(model, target, DTYPES[dtype], untie, source, beside)
         agreement = _check(model, target, DTYPES[dtype], beside)
         report = {
             "format": target,
@@ -75,36 +79,10 @@ def export(
             "source_config_sha256": sha256(source / "config.json"),
             "dsmoe_version": __version__,
             **asdict(agreement),
-            "notes": notes_of(model.config, target, dtype),
+            "notes": notes_of(model.config, target, DTYPES[dtype], untie),
         }
         write_json(beside / REPORT, report)
     return report
-
-
-def notes_of(config: DSMoEConfig, target: str, dtype: str) -> list[str]:
-    """What a user of the export should know."""
-    notes = []
-    if target == "dsmoe":
-        return ["loads where the dsmoe package is installed; stock tools need trust_remote_code besides"]
-    name = ARCHITECTURES[target]
-    if config.num_experts > 1 and uniform_top_k(config, target) == config.num_experts:
-        notes.append(
-            f"all {config.num_experts} experts are kept for every token: `dsmoe sparsify` first for speed"
-        )
-    if config.normalize_embeddings:
-        notes.append("the normalised embedding table is stored, and the output projection beside it, untied")
-    if dtype != "float32" and not is_exact(config, DTYPES[dtype]):
-        notes.append(
-            f"folding (gate scale {config.mlp_gate_scale:g}, normalize_embeddings {config.normalize_embeddings}) was "
-            f"done in float32 before rounding to {dtype}; it is inexact there, since the scale is no power of two or "
-            "the embeddings are normalised: export float32 for equality"
-        )
-    if dtype != "float32" and config.num_experts > 1:
-        notes.append(
-            f"run in {dtype}, {name} also computes router logits in {dtype} where dsmoe keeps float32: a near tie may "
-            "keep another expert"
-        )
-    return notes
 
 
 def _own_dtype(source: Path) -> str:
@@ -112,7 +90,7 @@ def _own_dtype(source: Path) -> str:
     return dtype if dtype in DTYPES else "float32"
 
 
-def _write(model: Any, target: str, dtype: torch.dtype, source: Path, folder: Path) -> None:
+def _write(model: Any, target: str, dtype: torch.dtype, untie: bool, source: Path, folder: Path) -> None:
     """Write the folder's files; the model's own weights are rounded to `dtype` (in float32) afterwards."""
     if target == "dsmoe":
         write_pretrained(model.to(dtype), folder, source)
@@ -120,7 +98,7 @@ def _write(model: Any, target: str, dtype: torch.dtype, source: Path, folder: Pa
             if (source / name).exists():
                 shutil.copy(source / name, folder / name)
     else:
-        write_pretrained(target_model(model, target, dtype), folder, source, shim=False)
+        write_pretrained(target_model(model, target, dtype, untie), folder, source, shim=False)
         model.to(dtype)
     # the model has no buffers that a cast would spoil
     model.float()

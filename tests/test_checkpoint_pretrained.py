@@ -1,0 +1,130 @@
+"""Model folders: the layout on disk, the way back, and loading by stock tools."""
+
+import json
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModel, AutoModelForCausalLM
+
+from dsmoe import DSMoEForCausalLM, DSMoEModel
+from dsmoe.checkpoint import save_pretrained
+from dsmoe.checkpoint.pretrained import load_pretrained
+from dsmoe.errors import UserError
+
+IDS = torch.arange(1, 13).view(2, 6)
+MODELS = {
+    "dense": {"kind": "dense", "num_experts": 1},
+    "dsmoe": {},
+    "gelu": {"mlp_type": "gelu", "tie_word_embeddings": False},
+    # one expert is as wide as the model: nothing but the rule tells [N, F, D] from [N, D, F]
+    "square": {"intermediate_size": 128},
+    "square_moa": {"intermediate_size": 128, "num_attention_experts": 2, "qk_norm": "per_head", "head_dim": 16},
+    "square_dense": {"kind": "dense", "num_experts": 1, "intermediate_size": 32, "mlp_type": "gelu"},
+}
+POLICIES = [{"policy": "threshold", "threshold": 0.4871}, {"policy": "top_k", "k": 2}]
+
+
+@pytest.mark.parametrize("overrides", MODELS.values(), ids=MODELS)
+def test_disk_layout_and_way_back(tiny_model, overrides, tmp_path):
+    model = tiny_model(dtype=torch.float32, **overrides)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    save_pretrained(model, tmp_path / "model", None)
+    on_disk = load_file(tmp_path / "model" / "model.safetensors")
+    transposed = 0
+    for name, tensor in before.items():
+        if name == "lm_head.weight" and model.config.tie_word_embeddings:
+            continue
+        turned = name.endswith(("mlp.experts.down_proj", "self_attn.experts_o_proj"))
+        transposed += turned
+        assert torch.equal(on_disk.pop(name), tensor.transpose(1, 2) if turned else tensor), name
+        assert torch.equal(model.state_dict()[name], tensor), f"saving changed {name}"
+    assert not on_disk
+    assert transposed == 2 * (2 if model.config.num_attention_experts > 1 else 1)
+    for loaded in (
+        DSMoEForCausalLM.from_pretrained(tmp_path / "model"),
+        AutoModelForCausalLM.from_pretrained(tmp_path / "model"),
+        load_pretrained(tmp_path / "model", torch.float32)[0],
+    ):
+        assert isinstance(loaded, DSMoEForCausalLM)
+        assert set(loaded.state_dict()) == set(before)
+        for name, tensor in loaded.state_dict().items():
+            assert torch.equal(tensor, before[name]), name
+        assert torch.equal(loaded(IDS).logits, model(IDS).logits)
+    base = AutoModel.from_pretrained(tmp_path / "model")
+    assert isinstance(base, DSMoEModel)
+    assert torch.equal(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+def test_twice_saved_is_the_same(tiny_model, tmp_path):
+    save_pretrained(tiny_model(dtype=torch.float32), tmp_path / "a", None)
+    save_pretrained(DSMoEForCausalLM.from_pretrained(tmp_path / "a"), tmp_path / "b", None)
+    for name in ("model.safetensors", "dsmoe_shim.py"):
+        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
+    configs = [json.loads((tmp_path / folder / "config.json").read_text()) for folder in "ab"]
+    assert configs[0] == configs[1]
+
+
+def test_routing_policies_are_kept(tiny_model, tmp_path):
+    model = tiny_model(dtype=torch.float32, mlp_routing=POLICIES)
+    save_pretrained(model, tmp_path / "model", None)
+    for dtype in (torch.float32, torch.bfloat16):
+        loaded = DSMoEForCausalLM.from_pretrained(tmp_path / "model", dtype=dtype)
+        assert loaded.dtype == dtype
+        assert loaded.config.mlp_routing == POLICIES
+    assert model.to(torch.bfloat16).config.mlp_routing == POLICIES
+    assert not any("threshold" in name for name, _ in model.named_buffers())
+
+
+def test_bfloat16_weights_are_rounded_once(tiny_model, tmp_path):
+    """Loading in bfloat16 rounds the weights and no angle of the rotation."""
+    model = tiny_model(dtype=torch.float32)
+    save_pretrained(model, tmp_path / "model", None)
+    loaded = DSMoEForCausalLM.from_pretrained(tmp_path / "model", dtype=torch.bfloat16)
+    for name, tensor in loaded.state_dict().items():
+        assert torch.equal(tensor, model.state_dict()[name].bfloat16()), name
+    assert not list(loaded.buffers())
+
+
+def test_stock_tools_load_it_through_the_shim(tiny_model, tmp_path):
+    """A process that never imports dsmoe itself."""
+    model = tiny_model(dtype=torch.float32, mlp_routing=POLICIES)
+    save_pretrained(model, tmp_path / "model", None)
+    torch.save(model(IDS).logits, tmp_path / "expected.pt")
+    script = f"""
+import sys, torch
+from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
+assert "dsmoe" not in sys.modules
+model = AutoModelForCausalLM.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
+ids = torch.arange(1, 13).view(2, 6)
+assert torch.equal(model(ids).logits, torch.load({str(tmp_path / "expected.pt")!r}))
+base = AutoModel.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
+config = AutoConfig.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
+print(type(model).__name__, type(base).__name__, config.mlp_routing[0]["threshold"])
+"""
+    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == ["DSMoEForCausalLM", "DSMoEModel", "0.4871"]
+
+
+def test_refusals(tiny_model, tmp_path):
+    model = tiny_model(dtype=torch.float32)
+    with pytest.raises(UserError, match="no model folder"):
+        load_pretrained(tmp_path / "absent", torch.float32)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "config.json").write_text('{"model_type": "llama"}')
+    with pytest.raises(UserError, match="model_type is 'llama'"):
+        load_pretrained(tmp_path / "other", torch.float32)
+    with pytest.raises(UserError, match="not empty"):
+        save_pretrained(model, tmp_path / "other", None)
+    save_pretrained(model, tmp_path / "other", None, overwrite=True)
+    weights = tmp_path / "other" / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="can't be read"):
+        load_pretrained(tmp_path / "other", torch.float32)

@@ -1,0 +1,53 @@
+"""Every configuration file that is shipped loads strictly through the trainer's parser, and its model builds."""
+
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dsmoe import DSMoEForCausalLM
+from dsmoe.accounting import total_parameters
+from dsmoe.trainer.command import parse
+
+CONFIGS = Path(__file__).resolve().parents[1] / "configs"
+MODELS, RUNS = (sorted((CONFIGS / folder).glob("*.yaml")) for folder in ("model", "quickstart"))
+
+
+@pytest.mark.parametrize("path", [*MODELS, *RUNS], ids=lambda path: f"{path.parent.name}/{path.stem}")
+def test_it_loads_and_builds(path):
+    # a config of a model is the section `model` of a run
+    option = "--model" if path in MODELS else "--config"
+    run, _, resolved = parse([option, str(path), "--data.path", "somewhere"])
+    values = yaml.safe_load(path.read_text(encoding="utf-8"))
+    values = {"model": values} if path in MODELS else values
+    found = yaml.safe_load(resolved)
+    for section, settings in values.items():
+        for name, value in settings.items() if isinstance(settings, dict) else ():
+            assert found[section][name] == value, f"{section}.{name}"
+    config = run.model_config()
+    with torch.device("meta"):
+        model = DSMoEForCausalLM(config)
+    assert model.num_parameters() == total_parameters(config)
+
+
+@pytest.mark.parametrize("path", [MODELS[0], *RUNS[:1]], ids=lambda path: path.parent.name)
+def test_an_unknown_key_fails(path, tmp_path, capsys):
+    option = "--model" if path in MODELS else "--config"
+    changed = tmp_path / path.name
+    changed.write_text(path.read_text(encoding="utf-8") + "\nhiden_size: 3\n", encoding="utf-8")
+    with pytest.raises(SystemExit) as caught:
+        parse([option, str(changed), "--data.path", "somewhere"])
+    assert caught.value.code == 2
+    assert "hiden_size" in capsys.readouterr().err
+
+
+def test_a_resolved_config_resolves_to_itself(tmp_path):
+    policy = "[{policy: top_k, k: 2}, {policy: dense}]"
+    options = ["--data.path", "somewhere", "--model.num_hidden_layers", "2", "--model.mlp_routing", policy]
+    first, _, resolved = parse([*options, "--train.seeds", "[1,2]", "--data.weights", "{a: 1.0, b: 2}"])
+    (tmp_path / "config.yaml").write_text(resolved, encoding="utf-8")
+    second, _, again = parse(["--config", str(tmp_path / "config.yaml")])
+    assert again == resolved
+    assert second == first
+    assert first.model_config().mlp_routing == [{"policy": "top_k", "k": 2}, {"policy": "dense"}]

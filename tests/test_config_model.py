@@ -1,0 +1,145 @@
+"""The model's configuration: what is derived, what is refused, and that it survives saving."""
+
+import json
+
+import pytest
+from transformers import AutoConfig
+
+from dsmoe import DSMoEConfig
+from dsmoe.config.routing import check_policy, is_dense, policies_per_layer
+from dsmoe.errors import UserError
+
+PER_LAYER = [{"policy": "threshold", "threshold": 0.4871}, {"policy": "top_k", "k": 2}]
+
+
+def test_derived_sizes(tiny_config):
+    config = tiny_config(num_key_value_heads=None)
+    assert (config.moe_intermediate_size, config.head_dim, config.num_key_value_heads) == (16, 8, 4)
+    assert tiny_config(num_key_value_heads=None, num_attention_experts=2, qk_norm="none").num_key_value_heads == 2
+    assert config.mlp_routing == [{"policy": "dense"}] * 2
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mlp", "attention"),
+    [
+        ({}, 4.0, 2.0),
+        ({"gate_normalization": "l2"}, 2.0, 2**0.5),
+        ({"gate_normalization": "renormalized"}, 4.0, 2.0),
+        ({"mlp_gate_scale": 1.5, "attention_gate_scale": 0.5}, 1.5, 0.5),
+        (
+            {"gate_normalization": "renormalized", "kind": "smoe", "mlp_routing": {"policy": "top_k", "k": 3}},
+            3.0,
+            2.0,
+        ),
+        (
+            {
+                "gate_normalization": "renormalized",
+                "kind": "smoe",
+                "mlp_routing": {"policy": "top_k", "k": 3},
+                "attention_routing": {"policy": "top_k", "k": 1},
+            },
+            3.0,
+            1.0,
+        ),
+        ({"kind": "smoe", "mlp_routing": {"policy": "top_k", "k": 3}}, 4.0, 2.0),
+    ],
+)
+def test_gate_scales(tiny_config, overrides, mlp, attention):
+    config = tiny_config(num_attention_experts=2, qk_norm="none", **overrides)
+    assert (config.mlp_gate_scale, config.attention_gate_scale) == (mlp, attention)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        ({"kind": "sparse"}, "model.kind is 'sparse'; it must be one of dense, smoe, dsmoe"),
+        ({"mlp_type": "relu"}, "model.mlp_type is 'relu'"),
+        ({"hidden_size": 0}, "model.hidden_size is 0; it must be at least 1"),
+        ({"num_experts": 3}, "model.intermediate_size 64 is not divisible by num_experts 3"),
+        ({"moe_intermediate_size": 17}, "model.moe_intermediate_size 17 times num_experts 4"),
+        ({"num_attention_heads": 5}, "model.hidden_size 32 is not divisible by num_attention_heads 5"),
+        ({"num_key_value_heads": 3}, "model.num_attention_heads 4 is not divisible by num_key_value_heads 3"),
+        ({"head_dim": 7}, "model.head_dim is 7"),
+        ({"num_attention_experts": 2}, "model.qk_norm 'full'"),
+        ({"num_attention_experts": 4, "qk_norm": "none"}, "model.num_key_value_heads is 2"),
+        ({"router_type": "mlp"}, "model.router_hidden_size is 0"),
+        ({"router_hidden_size": 8}, "model.router_hidden_size is 8"),
+        ({"kind": "dense"}, "model.kind 'dense' has num_experts 4"),
+        ({"num_experts": 1}, "model.kind 'dsmoe' needs num_experts"),
+        ({"kind": "smoe"}, "model.kind 'smoe' trains sparsely"),
+        ({"mlp_gate_scale": 0.0}, "model.mlp_gate_scale is 0.0"),
+        ({"mlp_routing": {"policy": "top_k", "k": 5}}, "k is 5; it must be an integer from 1 to 4"),
+        ({"mlp_routing": PER_LAYER[:1]}, r"model.mlp_routing: 1 policies for 2 layers"),
+        ({"mlp_routing": [*PER_LAYER, PER_LAYER[0]]}, r"model.mlp_routing: 3 policies for 2 layers"),
+        ({"mlp_routing": [PER_LAYER[0], {"policy": "topk"}]}, r"model.mlp_routing\[1\]: unknown policy 'topk'"),
+    ],
+)
+def test_impossible_configs(tiny_config, overrides, message):
+    with pytest.raises(UserError, match=message) as caught:
+        tiny_config(**overrides)
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("policy", "message"),
+    [
+        ("dense", "is not a policy"),
+        ({}, "unknown policy None"),
+        ({"policy": "top_k"}, "needs 'k'"),
+        ({"policy": "top_k", "k": 2, "threshold": 1.0}, "has no field 'threshold'"),
+        ({"policy": "top_k", "k": True}, "k is True"),
+        ({"policy": "top_k", "k": 2.0}, "k is 2.0"),
+        ({"policy": "top_k", "k": 0}, "k is 0"),
+        ({"policy": "threshold", "threshold": -0.1}, "threshold .* is -0.1"),
+        ({"policy": "threshold", "threshold": 4.1}, "must be a number from 0 to 4"),
+        ({"policy": "threshold", "threshold": float("nan")}, "is nan"),
+        ({"policy": "top_p", "top_p": "0.5"}, "top_p is '0.5'"),
+        ({"policy": "top_p", "top_p": 1.01}, "from 0 to 1"),
+    ],
+)
+def test_bad_policies(policy, message):
+    with pytest.raises(UserError, match=message):
+        check_policy(policy, 4, "here")
+
+
+def test_policies():
+    assert check_policy({"policy": "threshold", "threshold": 1}, 4) == {"policy": "threshold", "threshold": 1.0}
+    filled = check_policy({"policy": "threshold_top_k", "threshold": 1}, 4)
+    assert filled == {"policy": "threshold_top_k", "threshold": 1.0, "k": None}
+    assert policies_per_layer(None, 3, 4, "x") == [{"policy": "dense"}] * 3
+    for policy, dense in (
+        ({"policy": "dense"}, True),
+        ({"policy": "top_k", "k": 4}, True),
+        ({"policy": "top_k", "k": 3}, False),
+        ({"policy": "threshold", "threshold": 0.0}, False),
+        (filled, False),
+    ):
+        assert is_dense(policy, 4) == dense
+
+
+def test_repeated_policies_are_no_aliases(tiny_config):
+    config = tiny_config(mlp_routing={"policy": "top_k", "k": 2})
+    config.mlp_routing[0]["k"] = 1
+    assert config.mlp_routing[1]["k"] == 2
+
+
+def test_round_trips(tiny_config, tmp_path):
+    config = tiny_config(
+        mlp_routing=PER_LAYER, num_attention_experts=2, qk_norm="per_head", rope_theta=5e5,
+        attention_routing={"policy": "threshold", "threshold": 0.9}, gate_normalization="l2",
+    )  # fmt: skip
+    config.save_pretrained(tmp_path)
+    restored = [
+        DSMoEConfig.from_dict(config.to_dict()),
+        DSMoEConfig.from_dict(json.loads(config.to_json_string())),
+        DSMoEConfig.from_pretrained(tmp_path),
+        AutoConfig.from_pretrained(tmp_path),
+    ]
+    for other in restored:
+        assert isinstance(other, DSMoEConfig)
+        # transformers notes where a config came from
+        assert {**other.to_dict(), "_name_or_path": ""} == config.to_dict()
+        assert other.mlp_routing == PER_LAYER
+        assert other.attention_routing == [{"policy": "threshold", "threshold": 0.9}] * 2
+        assert other.mlp_gate_scale == 2.0
+        assert other.rope_parameters["rope_theta"] == other.rope_theta == 5e5

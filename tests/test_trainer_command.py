@@ -1,0 +1,168 @@
+"""Bad input to `train/pretrain.py`: exit status 2 and one line that says what would be right."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dsmoe.config.run import RunConfig
+from dsmoe.trainer.command import main
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+def refused(capsys, arguments):
+    """The one line on stderr of a command line that is refused."""
+    try:
+        status = main(arguments)
+    except SystemExit as stopped:
+        status = stopped.code
+    assert status == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    return lines[0]
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--model.num_expert", "4"], "model.num_experts"),
+        (["--modle.num_experts", "4"], "model.num_experts"),
+        (["--train.micro_batchsize=4"], "train.micro_batch_size"),
+        (["--compareto", "x"], "compare_to"),
+    ],
+)
+def test_unknown_options_name_the_nearest(capsys, words, expected):
+    line = refused(capsys, words)
+    assert words[0].split("=")[0].lstrip("-") in line and f"nearest known name is '{expected}'" in line
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("model:\n  num_expert: 4\n", "model.num_experts"),
+        ("model: {num_experts: 4}\nrouter_losses:\n  x: 1\n", "router_loss"),
+        ("train:\n  seed: [0]\n", "train.seeds"),
+        ("optim: {schedule: linear}\n", "optim.schedule"),
+        ("model:\n  hidden_size: wide\n", "model.hidden_size"),
+        ("model: [4]\n", "model"),
+        ("model: {num_experts: 4\n", "config"),
+        ("- 4\n", "config"),
+    ],
+)
+def test_bad_files(capsys, tmp_path, text, expected):
+    (tmp_path / "run.yaml").write_text(text, encoding="utf-8")
+    assert expected in refused(capsys, ["--config", str(tmp_path / "run.yaml")])
+
+
+def test_missing_file(capsys):
+    assert "nowhere.yaml" in refused(capsys, ["--config", "nowhere.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "expected"),
+    [
+        ("data.path", "", "data.path is empty"),
+        ("data.path", "nowhere", "nowhere: not a prepared corpus"),
+        ("data.weights", {"tinny": 1.0}, "no source 'tinny'; the nearest is 'tiny'"),
+        ("data.sequence_length", 1, "data.sequence_length is 1; it must be at least 2"),
+        ("data.sequence_length", 4096, "above model.max_position_embeddings 2048"),
+        ("data.validation_split", "test", "no split 'test'"),
+        ("model.vocab_size", 200, "model.vocab_size 200 is below the 300 entries"),
+        ("model.num_experts", 3, "model.intermediate_size 64 is not divisible by num_experts 3"),
+        ("model.kind", "dens", "model.kind is 'dens'; it must be one of dense, smoe, dsmoe"),
+        ("train.global_batch_size", 6, "train.global_batch_size 6 is not a multiple of micro_batch_size 4 times 1"),
+        ("train.micro_batch_size", 0, "train.micro_batch_size is 0"),
+        ("train.log_every_steps", 0, "train.log_every_steps is 0"),
+        ("train.eval_tokens", 0, "train.eval_tokens is 0"),
+        ("train.seeds", [], "train.seeds is empty"),
+        ("train.num_processes", 2, "1 process(es) came up, but train.num_processes asks for 2"),
+        ("train.eval_policy", {"policy": "topk", "k": 2}, "train.eval_policy: unknown policy 'topk'"),
+        ("train.eval_policy", {"policy": "top_k", "k": 5}, "train.eval_policy: k is 5"),
+        ("mask_phase.fraction", 1.5, "mask_phase.fraction 1.5"),
+        ("mask_phase.target_active", 0.0, "target_active 0.0"),
+        ("compare_to", "nowhere", "nowhere: no finished run there"),
+    ],
+)
+def test_impossible_values(train, capsys, setting, value, expected):
+    capsys.readouterr()
+    run = train("run", **{setting: value})
+    assert run.status == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    assert expected in lines[0]
+    assert not (run.folder / "log.jsonl").exists()
+
+
+def test_world_size_without_a_launcher(train, capsys, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    assert train("run").status == 2
+    lines = capsys.readouterr().err.strip().splitlines()
+    assert len(lines) == 1 and lines[0].startswith("error: ")
+    monkeypatch.undo()
+
+
+def test_checks_cover_new_settings():
+    """A policy without its optional field is filled in, as the loop reads it."""
+    config = RunConfig()
+    config.data.path = "somewhere"
+    config.train.eval_policy = {"policy": "threshold_top_k", "threshold": 0.5}
+    config.check()
+    assert config.train.eval_policy == {"policy": "threshold_top_k", "threshold": 0.5, "k": None}
+
+
+def test_print_only_trains_nothing(tmp_path, capsys):
+    arguments = ["--data.path", "somewhere", "--train.output_dir", str(tmp_path / "run"), "--print_only", "true"]
+    assert main(arguments) == 0
+    assert "router_mi_loss_coef_mlp: 0.0" in capsys.readouterr().out
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_script_itself(tmp_path):
+    """The entry point in a process of its own: one line, no traceback; and launchers that bring up too few."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    script = [sys.executable, str(ROOT / "train" / "pretrain.py"), "--train.num_step", "4"]
+    done = subprocess.run(script, env=environment, capture_output=True, text=True, cwd=tmp_path, timeout=120)
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: ") and len(done.stderr.strip().splitlines()) == 1
+    assert "train.num_step" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_accelerate_launch_with_too_few_processes(monkeypatch):
+    """On CPU `accelerate launch --num_processes 2` starts one process: its command line gives it away."""
+    from dsmoe.errors import UserError
+    from dsmoe.trainer import launch
+
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    for command, asked in (
+        (["python", "/bin/accelerate", "launch", "--cpu", "--num_processes", "2", "train/pretrain.py"], 2),
+        (["python", "-m", "accelerate.commands.launch", "--num_processes=4", "train/pretrain.py"], 4),
+        (["python", "/bin/accelerate", "launch", "train/pretrain.py"], None),
+        (["bash", "--num_processes", "3"], None),
+    ):
+        monkeypatch.setattr(Path, "read_bytes", lambda _, words=command: "\0".join(words).encode())
+        assert launch._asked_of_launcher() == asked
+        if asked is not None:
+            with pytest.raises(UserError, match=f"`accelerate launch --num_processes` asks for {asked}"):
+                launch.check_processes(1, None)
+            launch.check_processes(asked, asked)
+    monkeypatch.setattr(Path, "read_bytes", lambda _: b"bash")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(UserError, match="WORLD_SIZE asks for 2"):
+        launch.check_processes(1, None)
+
+
+def test_trackers(train):
+    """Scalars go to accelerate's trackers under flat names."""
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = train("run", train__trackers=["tensorboard"], train__total_tokens=2 * 128)
+    assert run.status == 0
+    events = EventAccumulator(str(next(run.folder.rglob("events*")).parent)).Reload()
+    assert "router/mlp/entropy/1" in events.Tags()["scalars"]
+    assert len(events.Scalars("lm_loss")) == 2
+    assert json.dumps(run.losses()[0])[:5] == json.dumps(events.Scalars("lm_loss")[0].value)[:5]

@@ -1,0 +1,177 @@
+"""What a run leaves behind: the log, the summary, seeds, comparisons; SMoE, dense twin and the mask phase."""
+
+import json
+import math
+
+import pytest
+import torch
+import yaml
+
+from dsmoe import DSMoEForCausalLM
+from dsmoe.config.run import MaskPhaseSettings
+from dsmoe.data.corpus import TokenCorpus
+from dsmoe.data.windows import evaluation_batches
+from dsmoe.trainer.mask_phase import ThresholdController
+from dsmoe.trainer.step import Stepper
+
+SMOE = {"model__kind": "smoe", "model__mlp_routing": {"policy": "top_k", "k": 2}}
+DENSE = {"model__kind": "dense", "model__num_experts": 1}
+SHORT = {"train__total_tokens": 3 * 128}
+
+
+def steps(run):
+    return [line for line in run.log() if "lm_loss" in line]
+
+
+def test_log_lines(train):
+    run = train("run", train__eval_every_tokens=4 * 128)
+    assert [line["step"] for line in steps(run)] == list(range(1, 9))
+    for line in steps(run):
+        assert line["tokens"] == 128 * line["step"]
+        assert math.isfinite(line["lm_loss"]) and line["grad_norm"] > 0
+        router = line["router"]["mlp"]
+        for layer in range(2):
+            entropy, conditional = router["entropy"][layer], router["conditional_entropy"][layer]
+            assert 0 <= conditional <= entropy <= math.log(4) + 1e-6
+            assert router["mutual_information"][layer] == pytest.approx(conditional - entropy, abs=2e-6)
+            assert sum(router["load"][layer]) == pytest.approx(1, abs=1e-5)
+        assert len(line["active_experts"]) == 2 and all(1 <= value <= 4 for value in line["active_experts"])
+    validated = {line["step"]: line for line in run.log() if "validation_loss" in line}
+    assert sorted(validated) == [4, 8]
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["validation_loss"] == validated[8]["validation_loss"]
+    assert summary["tokens"] == 1024 and summary["seed"] == 0 and summary["kind"] == "dsmoe"
+    assert {"versions", "hardware", "kernel", "corpus"} <= set(summary["environment"])
+    assert steps(run)[-1]["lm_loss"] < steps(run)[0]["lm_loss"]
+
+
+def test_learning_rates_follow_the_schedule(train):
+    run = train("run", **{**SHORT, "optim__router_lr_scale": 0.5, "optim__warmup_fraction": 0.67})
+    assert [line["learning_rate"] for line in steps(run)] == pytest.approx([0.005, 0.01, 0.01])
+
+
+def test_validation_loss_is_that_of_the_final_model(train, corpus_dir):
+    run = train("run", **SHORT, train__eval_policy={"policy": "top_k", "k": 1})
+    summary = json.loads((run.folder / "summary.json").read_text())
+    model = DSMoEForCausalLM.from_pretrained(run.folder / "final", dtype=torch.float64)
+    for policy, name in (("dense", "validation_loss"), ("top_k", "validation_loss_sparse")):
+        model.config.mlp_routing = [{"policy": policy, "k": 1}] * 2
+        total = count = 0.0
+        for batch in evaluation_batches(
+            TokenCorpus(corpus_dir), split="validation", sequence_length=16, batch_size=1, max_tokens=300
+        ):
+            labels = batch["shift_labels"].flatten()
+            with torch.no_grad():
+                logits = model(batch["input_ids"]).logits.flatten(0, 1)[labels != -100]
+            total += torch.nn.functional.cross_entropy(logits, labels[labels != -100], reduction="sum").item()
+            count += int((labels != -100).sum())
+        assert count == 300
+        assert summary[name] == pytest.approx(total / count, rel=1e-5)
+    assert model.config.eos_token_id == TokenCorpus(corpus_dir).eos_token_id
+
+
+def test_the_folder_is_a_recipe(train, tmp_path):
+    """The resolved config.yaml runs again, to the same numbers."""
+    first = train("run", **SHORT, model__num_experts=8)
+    resolved = yaml.safe_load((first.folder / "config.yaml").read_text())
+    assert resolved["model"]["num_experts"] == 8 and resolved["optim"]["beta2"] == 0.95
+    # the options of the fixture are the run's own; the file says the rest
+    again = train("again", "--config", str(first.folder / "config.yaml"), "--train.output_dir", str(tmp_path / "again"))
+    assert again.log() == first.log()
+
+
+def test_smoe_trains_sparsely(train):
+    run = train("run", **SMOE, router_loss__router_mi_loss_coef_mlp=0.0, router_loss__load_balancing_coef=0.1)
+    for line in steps(run):
+        assert "active_experts" not in line
+        for load in line["router"]["mlp"]["load"]:
+            assert sum(load) == pytest.approx(2, abs=1e-5)
+    assert steps(run)[-1]["lm_loss"] < steps(run)[0]["lm_loss"]
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert "validation_loss_sparse" not in summary
+
+
+def test_dense_twin_trains(train):
+    run = train("run", **DENSE)
+    assert all(line["router"] == {} and "active_experts" not in line for line in steps(run))
+    assert steps(run)[-1]["lm_loss"] < steps(run)[0]["lm_loss"]
+
+
+def test_both_routers_of_moa_are_logged(train):
+    run = train("run", **SHORT, model__num_attention_experts=2, model__qk_norm="none")
+    assert [len(load) for load in steps(run)[0]["router"]["attention"]["load"]] == [2, 2]
+
+
+def test_mask_phase(train):
+    settings = {"mask_phase__fraction": 0.5, "mask_phase__target_active": 0.5, "mask_phase__gain": 0.5}
+    run = train("run", **settings, train__total_tokens=40 * 128, router_loss__router_mi_loss_coef_mlp=0.05)
+    lines = steps(run)
+    assert not any("mask_phase" in line for line in lines[:20])
+    assert all("mask_phase" in line for line in lines[20:])
+    shares = [sum(sum(load) / 4 for load in line["router"]["mlp"]["load"]) / 2 for line in lines]
+    assert all(share == pytest.approx(0.25) for share in shares[:20])
+    assert sum(shares[-5:]) / 5 == pytest.approx(0.5, abs=0.1)
+    # the policy of the phase is not part of the model: `dsmoe sparsify` decides that
+    model = DSMoEForCausalLM.from_pretrained(run.folder / "final")
+    assert model.config.mlp_routing == [{"policy": "dense"}] * 2
+    summary = json.loads((run.folder / "summary.json").read_text())
+    assert summary["mask_phase_threshold"] > 0.5
+
+
+def test_threshold_controller_reaches_its_target():
+    """On experts whose N * p is spread evenly between 0 and 2."""
+    for target in (0.1, 0.33, 0.9):
+        controller = ThresholdController(MaskPhaseSettings(fraction=1.0, target_active=target, gain=0.1))
+        for _ in range(300):
+            controller.update(min(1.0, max(0.0, 1 - controller.threshold / 2)))
+        assert 1 - controller.threshold / 2 == pytest.approx(target, abs=0.01)
+    assert controller.steps == 300
+    controller.threshold = 99.0
+    assert controller.policy(4) == {"policy": "threshold", "threshold": 4.0}
+    assert [ThresholdController(MaskPhaseSettings(fraction=0.25)).active_at(step, 8) for step in (5, 6, 7)] == [
+        False, True, True,
+    ]  # fmt: skip
+    assert not ThresholdController(MaskPhaseSettings(fraction=0.0)).active_at(7, 8)
+
+
+def test_seeds_and_comparison(train, capsys):
+    dense = train("dense", **SHORT, **DENSE, train__seeds=[0, 1, 2])
+    ours = train("ours", "--compare_to", str(dense.folder), **SHORT, train__seeds=[0, 2])
+    assert ours.status == dense.status == 0
+
+    def summary(run, seed):
+        return json.loads((run.folder / f"seed-{seed}" / "summary.json").read_text())["validation_loss"]
+
+    seeds = json.loads((ours.folder / "seeds.json").read_text())
+    assert seeds["seeds"] == [0, 2]
+    a, b = summary(ours, 0), summary(ours, 2)
+    assert a != b
+    assert seeds["validation_loss"]["mean"] == pytest.approx((a + b) / 2)
+    assert seeds["validation_loss"]["std"] == pytest.approx(abs(a - b) / 2**0.5)
+    comparison = json.loads((ours.folder / "comparison.json").read_text())
+    assert comparison["seeds"] == [0, 2]
+    assert comparison["differences"] == pytest.approx([a - summary(dense, 0), b - summary(dense, 2)])
+    assert comparison["tie"] == (abs(comparison["mean"]) < 2 * comparison["stderr"])
+    # a seed among others is the run of that seed alone
+    alone = train("alone", **SHORT, train__seeds=[2])
+    assert json.loads((alone.folder / "summary.json").read_text())["validation_loss"] == b
+
+
+def test_all_arms_see_the_same_text(train, monkeypatch):
+    """The order of the text depends on data.order_seed alone: not on the seed, the arm or the micro-batches."""
+    seen, step = [], Stepper.step
+
+    def recorded(self, micro_batches, mi_factor):
+        seen.append(torch.cat([batch["input_ids"] for batch in micro_batches]))
+        return step(self, micro_batches, mi_factor)
+
+    monkeypatch.setattr(Stepper, "step", recorded)
+    train("first", **SHORT)
+    first, seen[:] = torch.stack(seen), []
+    train("dense", **SHORT, **DENSE, train__seeds=[1], train__micro_batch_size=2)
+    second, seen[:] = torch.stack(seen), []
+    train("order", **SHORT, data__order_seed=1)
+    assert torch.equal(first, second)
+    assert not torch.equal(first, torch.stack(seen))
+    rows = [tuple(row) for row in first.flatten(0, 1).tolist()]
+    assert len(set(rows)) == len(rows) == 24

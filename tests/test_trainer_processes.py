@@ -1,0 +1,101 @@
+"""Two processes are one: the same losses and weights, with and without accumulation."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+ROOT = Path(__file__).resolve().parents[1]
+# starting processes takes most of the time, so one launch runs the script for every arm
+DRIVER = """
+import json, runpy, sys
+for arguments in json.loads(open(sys.argv[1]).read()):
+    sys.argv = [sys.argv[0], *arguments]
+    try:
+        runpy.run_path({script!r}, run_name="__main__")
+    except SystemExit as stopped:
+        assert stopped.code == 0, stopped.code
+"""
+LARGE = {
+    "router_loss__router_mi_loss_coef_mlp": 3.0,
+    "train__total_tokens": 6 * 128,
+    "train__save_every_steps": 4,
+}
+ARMS = {
+    "plain": LARGE,
+    "accumulated": LARGE,
+    "smoe": {
+        **LARGE,
+        "model__kind": "smoe",
+        "model__mlp_routing": {"policy": "top_k", "k": 2},
+        "router_loss__router_mi_loss_coef_mlp": 0.0,
+        "router_loss__load_balancing_coef": 3.0,
+        "data__isolate_documents": True,
+    },
+}
+# sequences per forward and process, in one process and in two
+MICRO = {"plain": (8, 4), "accumulated": (4, 2), "smoe": (8, 2)}
+
+
+@pytest.fixture(scope="module")
+def two_processes(tmp_path_factory, train_arguments):
+    """Folder with the runs of two processes."""
+    folder = tmp_path_factory.mktemp("two")
+    (folder / "driver.py").write_text(DRIVER.format(script=str(ROOT / "train" / "pretrain.py")))
+    runs = [
+        train_arguments(
+            folder / name, **settings, train__micro_batch_size=MICRO[name][1], train__num_processes=2
+        )
+        for name, settings in ARMS.items()
+    ]
+    (folder / "arguments.json").write_text(json.dumps(runs))
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
+    done = subprocess.run(
+        [*launcher, str(folder / "driver.py"), str(folder / "arguments.json")],
+        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert "2 process(es)" in done.stdout
+    return folder
+
+
+def read(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("name", ARMS)
+def test_two_processes_equal_one(train, two_processes, name):
+    from safetensors.torch import load_file
+
+    one = train("one", **ARMS[name], train__micro_batch_size=MICRO[name][0])
+    ours = read(two_processes / name)
+    assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6, 6]
+    losses = [line["lm_loss"] for line in ours if "lm_loss" in line]
+    assert losses == pytest.approx(one.losses(), rel=1e-5)
+    for line, theirs in zip(ours, one.log()):
+        if "router" not in line:
+            assert line["validation_loss"] == pytest.approx(theirs["validation_loss"], rel=1e-5)
+            continue
+        assert line["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
+        for key, values in line["router"]["mlp"].items():
+            expected = torch.tensor(theirs["router"]["mlp"][key])
+            torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-4, atol=2e-4, msg=key)
+    weights = load_file(two_processes / name / "final" / "model.safetensors")
+    for key, tensor in one.weights().items():
+        assert (weights[key] - tensor).norm() <= 1e-3 * tensor.norm(), key
+    assert (two_processes / name / "checkpoints" / "step-00000004" / "state.json").exists()
+
+
+def test_statistics_of_one_process_alone_would_show(train, monkeypatch):
+    """The test above can fail: half a batch with its own statistics gives other losses."""
+    from dsmoe.trainer.step import Stepper
+
+    whole = train("one", **LARGE, train__micro_batch_size=8)
+    monkeypatch.setattr(Stepper, "_needs_gathering", lambda *_: False)
+    halves = train("two", **LARGE, train__micro_batch_size=4)
+    assert max(abs(a / b - 1) for a, b in zip(halves.losses(), whole.losses())) > 1e-4
