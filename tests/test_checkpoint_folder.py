@@ -69,7 +69,9 @@ def test_an_interrupted_save_leaves_nothing(tiny_model, tmp_path, monkeypatch):
     assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
 
 
-@pytest.mark.parametrize("name", ["model.safetensors", "optimizer.safetensors", "extra.safetensors", "state.json"])
+@pytest.mark.parametrize(
+    "name", ["model.safetensors", "optimizer.safetensors", "extra.safetensors", "state.json"]
+)
 @pytest.mark.parametrize("damage", ["missing", "truncated"])
 def test_damage_is_one_line(tiny_model, tmp_path, name, damage):
     model, optimizer = trained(tiny_model)

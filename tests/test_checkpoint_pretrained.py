@@ -22,7 +22,12 @@ MODELS = {
     "gelu": {"mlp_type": "gelu", "tie_word_embeddings": False},
     # one expert is as wide as the model: nothing but the rule tells [N, F, D] from [N, D, F]
     "square": {"intermediate_size": 128},
-    "square_moa": {"intermediate_size": 128, "num_attention_experts": 2, "qk_norm": "per_head", "head_dim": 16},
+    "square_moa": {
+        "intermediate_size": 128,
+        "num_attention_experts": 2,
+        "qk_norm": "per_head",
+        "head_dim": 16,
+    },
     "square_dense": {"kind": "dense", "num_experts": 1, "intermediate_size": 32, "mlp_type": "gelu"},
 }
 POLICIES = [{"policy": "threshold", "threshold": 0.4871}, {"policy": "top_k", "k": 2}]
@@ -105,9 +110,19 @@ base = AutoModel.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=
 config = AutoConfig.from_pretrained({str(tmp_path / "model")!r}, trust_remote_code=True)
 print(type(model).__name__, type(base).__name__, config.mlp_routing[0]["threshold"])
 """
-    environment = {**os.environ, "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "HF_HOME": str(tmp_path / "hf"),
+        "HF_HUB_OFFLINE": "1",
+        "OMP_NUM_THREADS": "1",
+    }
     done = subprocess.run(
-        [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", script],
+        cwd=tmp_path,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["DSMoEForCausalLM", "DSMoEModel", "0.4871"]

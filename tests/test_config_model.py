@@ -15,7 +15,10 @@ PER_LAYER = [{"policy": "threshold", "threshold": 0.4871}, {"policy": "top_k", "
 def test_derived_sizes(tiny_config):
     config = tiny_config(num_key_value_heads=None)
     assert (config.moe_intermediate_size, config.head_dim, config.num_key_value_heads) == (16, 8, 4)
-    assert tiny_config(num_key_value_heads=None, num_attention_experts=2, qk_norm="none").num_key_value_heads == 2
+    assert (
+        tiny_config(num_key_value_heads=None, num_attention_experts=2, qk_norm="none").num_key_value_heads
+        == 2
+    )
     assert config.mlp_routing == [{"policy": "dense"}] * 2
 
 
@@ -27,7 +30,11 @@ def test_derived_sizes(tiny_config):
         ({"gate_normalization": "renormalized"}, 4.0, 2.0),
         ({"mlp_gate_scale": 1.5, "attention_gate_scale": 0.5}, 1.5, 0.5),
         (
-            {"gate_normalization": "renormalized", "kind": "smoe", "mlp_routing": {"policy": "top_k", "k": 3}},
+            {
+                "gate_normalization": "renormalized",
+                "kind": "smoe",
+                "mlp_routing": {"policy": "top_k", "k": 3},
+            },
             3.0,
             2.0,
         ),
@@ -71,7 +78,10 @@ def test_gate_scales(tiny_config, overrides, mlp, attention):
         ({"mlp_routing": {"policy": "top_k", "k": 5}}, "k is 5; it must be an integer from 1 to 4"),
         ({"mlp_routing": PER_LAYER[:1]}, r"model.mlp_routing: 1 policies for 2 layers"),
         ({"mlp_routing": [*PER_LAYER, PER_LAYER[0]]}, r"model.mlp_routing: 3 policies for 2 layers"),
-        ({"mlp_routing": [PER_LAYER[0], {"policy": "topk"}]}, r"model.mlp_routing\[1\]: unknown policy 'topk'"),
+        (
+            {"mlp_routing": [PER_LAYER[0], {"policy": "topk"}]},
+            r"model.mlp_routing\[1\]: unknown policy 'topk'",
+        ),
     ],
 )
 def test_impossible_configs(tiny_config, overrides, message):
@@ -103,7 +113,10 @@ def test_bad_policies(policy, message):
 
 
 def test_policies():
-    assert check_policy({"policy": "threshold", "threshold": 1}, 4) == {"policy": "threshold", "threshold": 1.0}
+    assert check_policy({"policy": "threshold", "threshold": 1}, 4) == {
+        "policy": "threshold",
+        "threshold": 1.0,
+    }
     filled = check_policy({"policy": "threshold_top_k", "threshold": 1}, 4)
     assert filled == {"policy": "threshold_top_k", "threshold": 1.0, "k": None}
     assert policies_per_layer(None, 3, 4, "x") == [{"policy": "dense"}] * 3

@@ -16,13 +16,18 @@ NAMES = ("mutual_information", "load_balancing", "z_loss")
 def make_logits(batch=4, length=5, experts=6, layers=2, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
     return [
-        (2 * torch.randn(batch, length, experts, generator=generator, dtype=torch.float64)).to(dtype).requires_grad_()
+        (2 * torch.randn(batch, length, experts, generator=generator, dtype=torch.float64))
+        .to(dtype)
+        .requires_grad_()
         for _ in range(layers)
     ]
 
 
 def loads(logits, k=2):
-    return [keep_experts(layer.detach().flatten(0, 1).softmax(-1), {"policy": "top_k", "k": k}) for layer in logits]
+    return [
+        keep_experts(layer.detach().flatten(0, 1).softmax(-1), {"policy": "top_k", "k": k})
+        for layer in logits
+    ]
 
 
 def direct(logits, mask, k=2):
@@ -91,7 +96,9 @@ def test_parts_add_up_to_the_whole(name, dtype, tolerance):
     wanted = torch.autograd.grad(getattr(router_losses(logits, whole, mask), name), logits)
     rows = [slice(2 * part, 2 * part + 2) for part in range(4)]
     parts = [
-        router_statistics([x[r] for x in logits], mask[r], [k.view(8, 5, -1)[r].flatten(0, 1) for k in loads(logits)])
+        router_statistics(
+            [x[r] for x in logits], mask[r], [k.view(8, 5, -1)[r].flatten(0, 1) for k in loads(logits)]
+        )
         for r in rows
     ]
     total = parts[0] + parts[1] + parts[2] + parts[3]
@@ -102,7 +109,8 @@ def test_parts_add_up_to_the_whole(name, dtype, tolerance):
         assert (got - want).norm() / want.norm() < tolerance
     # and with the statistics of each part alone it is another gradient (z-loss has none but the count)
     local = sum(
-        getattr(router_losses([x[r] for x in logits], part, mask[r]), name) / 4 for r, part in zip(rows, parts)
+        getattr(router_losses([x[r] for x in logits], part, mask[r]), name) / 4
+        for r, part in zip(rows, parts)
     )
     gradients = torch.autograd.grad(local, logits)
     assert max((got - want).norm() / want.norm() for got, want in zip(gradients, wanted)) > 0.05

@@ -20,7 +20,12 @@ def flat_mlp(weights, prefix, mlp_type):
 @pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
 @pytest.mark.parametrize(
     "overrides",
-    [{}, {"kind": "smoe", "mlp_routing": TOP_2}, {"num_experts": 16}, {"router_type": "mlp", "router_hidden_size": 8}],
+    [
+        {},
+        {"kind": "smoe", "mlp_routing": TOP_2},
+        {"num_experts": 16},
+        {"router_type": "mlp", "router_hidden_size": 8},
+    ],
     ids=["dsmoe", "smoe", "16", "mlp"],
 )
 def test_weights_are_shared(tiny_model, overrides, mlp_type):
@@ -34,12 +39,16 @@ def test_weights_are_shared(tiny_model, overrides, mlp_type):
         prefix = f"model.layers.{layer}.mlp.experts"
         for ours, theirs in zip(flat_mlp(other, prefix, mlp_type), flat_mlp(twin, prefix, mlp_type)):
             assert torch.equal(ours, theirs)
-    assert not torch.equal(twin["model.embed_tokens.weight"], tiny_model(4, **DENSE).state_dict()["model.embed_tokens.weight"])
+    assert not torch.equal(
+        twin["model.embed_tokens.weight"], tiny_model(4, **DENSE).state_dict()["model.embed_tokens.weight"]
+    )
 
 
 def test_no_tensor_is_drawn_twice(tiny_model):
     """Every matrix has values of its own."""
-    model = tiny_model(tie_word_embeddings=False, router_type="mlp", router_hidden_size=8, **MOA, qk_norm="none")
+    model = tiny_model(
+        tie_word_embeddings=False, router_type="mlp", router_hidden_size=8, **MOA, qk_norm="none"
+    )
     firsts = [p.flatten()[:4] / p.std() for p in model.parameters() if p.ndim > 1]
     # divided by the standard deviation of the draw, equal draws would give nearly equal numbers
     for i, one in enumerate(firsts):

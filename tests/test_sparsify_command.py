@@ -1,6 +1,7 @@
 """`dsmoe sparsify`: policies against naive counts, checkpoints that load, refusals."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -185,3 +186,20 @@ def test_frontier_restores_the_policy_and_all_experts_is_the_dense_loss():
     assert points[1]["loss"] == pytest.approx(measure(model, [batch]).loss, abs=1e-6)
     assert points[0]["mlp_active_fraction"] == pytest.approx(0.25)
     assert points[0]["num_params_active"] < points[1]["num_params_active"]
+
+
+def test_a_checkpoint_with_missing_weights_is_refused(folders, tmp_path, capsys):
+    """transformers would draw them at random and warn."""
+    from safetensors.torch import load_file, save_file
+
+    damaged = tmp_path / "damaged"
+    shutil.copytree(folders / "mlp", damaged)
+    tensors = load_file(damaged / "model.safetensors")
+    tensors.pop("model.layers.1.mlp.router.weight")
+    save_file(tensors, damaged / "model.safetensors", metadata={"format": "pt"})
+    status = main(
+        ["sparsify", str(damaged), "--policy", "top_k", "--k", "2", "--output", str(tmp_path / "out")]
+    )
+    assert status == 2
+    assert "model.layers.1.mlp.router.weight" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()

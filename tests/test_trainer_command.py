@@ -74,7 +74,11 @@ def test_missing_file(capsys):
         ("model.vocab_size", 200, "model.vocab_size 200 is below the 300 entries"),
         ("model.num_experts", 3, "model.intermediate_size 64 is not divisible by num_experts 3"),
         ("model.kind", "dens", "model.kind is 'dens'; it must be one of dense, smoe, dsmoe"),
-        ("train.global_batch_size", 6, "train.global_batch_size 6 is not a multiple of micro_batch_size 4 times 1"),
+        (
+            "train.global_batch_size",
+            6,
+            "train.global_batch_size 6 is not a multiple of micro_batch_size 4 times 1",
+        ),
         ("train.micro_batch_size", 0, "train.micro_batch_size is 0"),
         ("train.log_every_steps", 0, "train.log_every_steps is 0"),
         ("train.eval_tokens", 0, "train.eval_tokens is 0"),
@@ -115,7 +119,14 @@ def test_checks_cover_new_settings():
 
 
 def test_print_only_trains_nothing(tmp_path, capsys):
-    arguments = ["--data.path", "somewhere", "--train.output_dir", str(tmp_path / "run"), "--print_only", "true"]
+    arguments = [
+        "--data.path",
+        "somewhere",
+        "--train.output_dir",
+        str(tmp_path / "run"),
+        "--print_only",
+        "true",
+    ]
     assert main(arguments) == 0
     assert "router_mi_loss_coef_mlp: 0.0" in capsys.readouterr().out
     assert not (tmp_path / "run").exists()

@@ -76,7 +76,9 @@ def test_the_folder_is_a_recipe(train, tmp_path):
     resolved = yaml.safe_load((first.folder / "config.yaml").read_text())
     assert resolved["model"]["num_experts"] == 8 and resolved["optim"]["beta2"] == 0.95
     # the options of the fixture are the run's own; the file says the rest
-    again = train("again", "--config", str(first.folder / "config.yaml"), "--train.output_dir", str(tmp_path / "again"))
+    again = train(
+        "again", "--config", str(first.folder / "config.yaml"), "--train.output_dir", str(tmp_path / "again")
+    )
     assert again.log() == first.log()
 
 

@@ -26,7 +26,9 @@ MOA = {
 }
 
 
-@pytest.mark.parametrize("arm", [{}, SMOE, Z_LOSS, ISOLATED, MOA], ids=["dsmoe", "smoe", "z", "isolated", "moa"])
+@pytest.mark.parametrize(
+    "arm", [{}, SMOE, Z_LOSS, ISOLATED, MOA], ids=["dsmoe", "smoe", "z", "isolated", "moa"]
+)
 def test_accumulation_changes_nothing(train, arm):
     whole = train("one", **{**LARGE, **arm, "train__micro_batch_size": 8})
     parts = train("four", **{**LARGE, **arm, "train__micro_batch_size": 2})
@@ -37,7 +39,11 @@ def test_accumulation_changes_nothing(train, arm):
             assert ours["grad_norm"] == 0.0
             for name, values in ours["router"]["mlp"].items():
                 torch.testing.assert_close(
-                    torch.tensor(values), torch.tensor(theirs["router"]["mlp"][name]), rtol=1e-4, atol=2e-4, msg=name
+                    torch.tensor(values),
+                    torch.tensor(theirs["router"]["mlp"][name]),
+                    rtol=1e-4,
+                    atol=2e-4,
+                    msg=name,
                 )
 
 
@@ -54,7 +60,9 @@ def test_statistics_of_micro_batches_alone_would_show(train, monkeypatch, arm):
 def test_running_statistics_with_one_micro_batch_and_no_memory_are_exact(train):
     settings = {**LARGE, "train__micro_batch_size": 8}
     exact = train("exact", **settings)
-    running = train("running", **settings, router_loss__mi_statistics="running", router_loss__mi_running_decay=0.0)
+    running = train(
+        "running", **settings, router_loss__mi_statistics="running", router_loss__mi_running_decay=0.0
+    )
     assert running.losses() == pytest.approx(exact.losses(), rel=1e-6)
 
 

@@ -34,6 +34,6 @@ echo "== sparsify (the threshold is chosen on training text)"
 echo "== score"
 python eval/score.py --model "dense=$dir/dense/final" --model "dense-active=$dir/dense-active/final" \
   --model "dsmoe=$dir/dsmoe/final" --model "dsmoe-sparse=$dir/dsmoe-sparse" --tasks paper --limit "$limit" \
-  --include-path "$dir/benchmarks" --data "$dir/data" --sequence-length 256 --decode-speed --resume \
+  --include-path "$dir/benchmarks" --data "$dir/data" --data-tokens 40000 --sequence-length 256 --decode-speed --resume \
   --output "$dir/scores.json" > "$dir/score.log"
 python eval/report_quickstart.py "$dir"

@@ -29,8 +29,11 @@ TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
+    "added_tokens.json",
     "vocab.json",
     "merges.txt",
+    "tokenizer.model",
+    "chat_template.jinja",
 )
 
 
@@ -102,10 +105,17 @@ def load_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[DSMoEForCausa
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model = DSMoEForCausalLM.from_pretrained(folder, dtype=dtype)
+        model, loading = DSMoEForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{folder}: the model can't be read ({str(error).splitlines()[0]})") from None
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+    # transformers only warns, and draws what is missing at random
+    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+        if loading.get(problem):
+            name = sorted(map(str, loading[problem]))[0]
+            raise UserError(
+                f"{folder}: the weights don't fit config.json ({problem.replace('_', ' ')}: {name} ...)"
+            )
     return model.eval(), folder

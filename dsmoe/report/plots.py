@@ -85,18 +85,26 @@ def quality_against_active(
             [point["loss"] for point in ordered],
             style, color="#888888", marker=".", label=f"the DS-MoE, {name}",
         )  # fmt: skip
-    for model in models:
-        if model.get("validation_loss") is None:
-            continue
-        x = model["num_params_active"] / 1e6
-        axes.plot(x, model["validation_loss"], "o", markersize=9, color=COLOURS.get(model["name"]), zorder=3)
+    shown = sorted(
+        (model for model in models if model.get("validation_loss") is not None),
+        key=lambda model: (model["num_params_active"], -model["validation_loss"]),
+    )
+    middle = sum(axes.get_xlim()) / 2
+    for number, model in enumerate(shown):
+        x, y = model["num_params_active"] / 1e6, model["validation_loss"]
+        axes.plot(x, y, "o", markersize=9, color=COLOURS.get(model["name"]), zorder=3)
+        # labels point inwards, above and below in turn: twins stand close to each other
         axes.annotate(
-            f"{model['name']} {model['validation_loss']:.3f}", (x, model["validation_loss"]),
-            textcoords="offset points", xytext=(6, 7), fontsize=9,
-        )  # fmt: skip
+            f"{model['name']} {y:.3f}",
+            (x, y),
+            textcoords="offset points",
+            xytext=(8 if x < middle else -8, 10 if number % 2 == 0 else -16),
+            ha="left" if x < middle else "right",
+            fontsize=9,
+        )
     axes.set_xlabel("active parameters (millions, embeddings included)")
     axes.set_ylabel("validation loss (nats per token)")
-    axes.margins(x=0.15)
+    axes.margins(0.1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
     _save(figure, path)
@@ -124,13 +132,13 @@ def expert_use(report: Mapping[str, Any], path: str | Path) -> None:
     left.set_xlabel(f"active MLP experts of {report['num_experts']} per token")
     left.set_ylabel("layer")
     left.set_yticks(layers)
-    left.legend(fontsize=9)
+    left.invert_yaxis()
+    left.legend(fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=2)
     shares = np.array([sorted(row["expert_share"], reverse=True) for row in rows])
     image = right.imshow(shares, aspect="auto", cmap="magma_r", vmin=0, vmax=max(0.01, float(shares.max())))
     right.set_xlabel("experts, most used first")
     right.set_yticks(layers)
+    right.set_xticks(np.arange(0, shares.shape[1], max(1, shares.shape[1] // 8)))
     right.set_title("share of tokens that keep the expert", fontsize=10)
     figure.colorbar(image, ax=right)
-    for axes in (left, right):
-        axes.invert_yaxis() if axes is left else None
     _save(figure, path)

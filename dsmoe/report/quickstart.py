@@ -49,7 +49,7 @@ def report(folder: Path, record: Path | None = None) -> None:
             f"{folder / 'scores.json'}: {', '.join(missing)} not scored; run train/quickstart.sh again"
         )
     rows = [models[name] for name in (*RUNS, SPARSE)]
-    frontiers = _frontiers(folder, summaries["dsmoe"])
+    frontiers = _frontiers(folder, summaries["dsmoe"], scores["settings"])
     losses = {name: models[name]["validation_loss"] for name in models}
     differences = {
         "sparse_minus_all_experts": losses[SPARSE] - losses["dsmoe"],
@@ -121,8 +121,10 @@ def _training(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _frontiers(folder: Path, summary: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """The DS-MoE at several thresholds and Ks, on the validation split."""
+def _frontiers(
+    folder: Path, summary: dict[str, Any], settings: dict[str, Any]
+) -> dict[str, list[dict[str, Any]]]:
+    """The DS-MoE at several thresholds and Ks, on the tokens that the models were scored on."""
     model, _ = load_pretrained(folder / "dsmoe", torch.float32)
     config = summary["config"]
     corpus = TokenCorpus(config["data"]["path"])
@@ -133,8 +135,8 @@ def _frontiers(folder: Path, summary: dict[str, Any]) -> dict[str, list[dict[str
         )
     )  # fmt: skip
     num_experts = model.config.num_experts
-    ks = sorted({max(1, round(num_experts * share)) for share in (0.06, 0.12, 0.19, 0.25, 0.33, 0.5, 1.0)})
-    thresholds = (2.0, 1.0, 0.6, 0.4, 0.25, 0.1, 0.02)
+    ks = sorted({max(1, round(num_experts * share)) for share in (0.06, 0.12, 0.19, 0.31, 0.5, 1.0)})
+    thresholds = (2.5, 1.2, 0.6, 0.3, 0.1)
     return {
         "top K": frontier(model, batches, [{"policy": "top_k", "k": k} for k in ks]),
         "threshold": frontier(model, batches, [{"policy": "threshold", "threshold": t} for t in thresholds]),

@@ -101,7 +101,9 @@ def run(args: argparse.Namespace) -> None:
 
 def _counts_are_fixed(model: DSMoEForCausalLM) -> bool:
     config = model.config
-    policies = [config.routing(part, i) for part in ("mlp", "attention") for i in range(config.num_hidden_layers)]
+    policies = [
+        config.routing(part, i) for part in ("mlp", "attention") for i in range(config.num_hidden_layers)
+    ]
     return all(policy["policy"] == "dense" or policy.get("k") for policy in policies)
 
 
