@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from dsmoe import DSMoEForCausalLM, DSMoEModel
@@ -126,6 +126,24 @@ print(type(model).__name__, type(base).__name__, config.mlp_routing[0]["threshol
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.split() == ["DSMoEForCausalLM", "DSMoEModel", "0.4871"]
+
+
+@pytest.mark.parametrize("change", ["missing", "unexpected", "mismatched"])
+def test_weights_that_do_not_fit_are_refused(tiny_model, tmp_path, change):
+    """transformers would draw what is missing at random and say so in a warning."""
+    save_pretrained(tiny_model(dtype=torch.float32), tmp_path / "model", None)
+    path = tmp_path / "model" / "model.safetensors"
+    tensors = load_file(path)
+    if change == "missing":
+        del tensors["model.layers.1.mlp.router.weight"]
+    elif change == "unexpected":
+        tensors["model.layers.2.mlp.router.weight"] = torch.ones(4, 32)
+    else:
+        tensors["model.norm.weight"] = torch.ones(31)
+    save_file(tensors, path, metadata={"format": "pt"})
+    with pytest.raises(UserError) as caught:
+        load_pretrained(tmp_path / "model", torch.float32)
+    assert str(tmp_path / "model") in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_refusals(tiny_model, tmp_path):

@@ -1,5 +1,7 @@
 """Schedules at their corners."""
 
+import itertools
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -39,7 +41,7 @@ def test_shares_of_the_peak(total, schedule, warmup, decay, low):
     factors = [learning_rate_factor(step, total, chosen) for step in range(total)]
     assert all(0 < factor <= 1 + 1e-12 for factor in factors)
     after = factors[max(1, round(warmup * total)) - 1 :]
-    assert all(second <= first + 1e-12 for first, second in zip(after, after[1:]))
+    assert all(second <= first + 1e-12 for first, second in itertools.pairwise(after))
 
 
 def test_coefficient():

@@ -12,8 +12,17 @@ import torch
 ROOT = Path(__file__).resolve().parents[1]
 # starting processes takes most of the time, so one launch runs the script for every arm
 DRIVER = """
-import json, runpy, sys
-for arguments in json.loads(open(sys.argv[1]).read()):
+import json, pathlib, runpy, sys
+from accelerate import Accelerator
+end_training = Accelerator.end_training
+Accelerator.end_training = lambda self: None  # it takes the process group down
+runs = json.loads(open(sys.argv[1]).read())
+for number, arguments in enumerate(runs):
+    if number == len(runs) - 1:
+        Accelerator.end_training = end_training
+    if "--train.resume" in arguments:  # a finished run is not resumed
+        folder = arguments[arguments.index("--train.output_dir") + 1]
+        pathlib.Path(folder, "summary.json").unlink(missing_ok=True)
     sys.argv = [sys.argv[0], *arguments]
     try:
         runpy.run_path({script!r}, run_name="__main__")
@@ -52,15 +61,17 @@ def two_processes(tmp_path_factory, train_arguments):
         )
         for name, settings in ARMS.items()
     ]
+    # once more from its checkpoint: the log must come out as if nothing had happened
+    runs.append([*runs[0], "--train.resume", "true"])
     (folder / "arguments.json").write_text(json.dumps(runs))
-    launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", "2", "--master_port", "0"]
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
     done = subprocess.run(
         [*launcher, str(folder / "driver.py"), str(folder / "arguments.json")],
-        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300,
+        env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 process(es)" in done.stdout
+    assert "2 process(es)" in done.stdout and "resuming step-00000004" in done.stdout
     return folder
 
 

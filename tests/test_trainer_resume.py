@@ -10,7 +10,7 @@ from dsmoe.trainer.loop import TrainingRun
 RUNS = {
     "exact": {"train__micro_batch_size": 4},
     "running": {"train__micro_batch_size": 4, "router_loss__mi_statistics": "running"},
-    "mask_phase": {"mask_phase__fraction": 0.6, "mask_phase__gain": 0.5},
+    "mask_phase": {"mask_phase__fraction": 0.8, "mask_phase__gain": 0.5},
     "smoe": {
         "model__kind": "smoe",
         "model__mlp_routing": {"policy": "top_k", "k": 2},
@@ -30,12 +30,12 @@ RUNS = {
 }
 
 
-def interrupt_before(monkeypatch, step):
-    """Ctrl-C when the run is about to take its step number `step` (from 0)."""
+def interrupt_before(monkeypatch, step, seed=None):
+    """Ctrl-C when the run (of a seed) is about to take its step number `step` (from 0)."""
     one_step = TrainingRun._one_step
 
     def interrupted(self, total):
-        if self.step == step:
+        if self.step == step and seed in (None, self.seed):
             raise KeyboardInterrupt
         return one_step(self, total)
 
@@ -65,12 +65,48 @@ def test_resumed_equals_uninterrupted(train, monkeypatch, settings, capsys):
     assert summaries[0]["validation_loss"] == summaries[1]["validation_loss"]
 
 
-def test_without_resume_it_starts_afresh(train, monkeypatch):
+def test_a_run_is_replaced_only_when_asked_to(train, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         interrupt_before(patch, 5)
-        train("run", train__save_every_steps=3)
-    again, other = train("run"), train("other")
+        broken = train("run", train__save_every_steps=3)
+    before = broken.log()
+    assert train("run").status == 2
+    assert "--train.overwrite" in capsys.readouterr().err
+    assert broken.log() == before
+    again, other = train("run", train__overwrite=True), train("other")
     assert again.log() == other.log()
+
+
+def test_what_an_earlier_run_left_is_not_resumed(train, monkeypatch):
+    """A fresh run in an old folder breaks off before and after its first checkpoint."""
+    train("run", train__save_every_steps=3)
+    settings = {"train__save_every_steps": 2, "train__keep_last": 1, "train__seeds": [1]}
+    whole = train("whole", **settings)
+    for step in (1, 3):
+        with monkeypatch.context() as patch:
+            interrupt_before(patch, step)
+            assert train("run", **settings, train__overwrite=True).status == 130
+        assert train("run", **settings, train__resume=True).log() == whole.log()
+
+
+def test_a_finished_run_is_left_alone(train, monkeypatch, capsys):
+    first = train("run")
+    before = {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.is_file()}
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, 0)
+        assert train("run", train__resume=True).status == 0
+    assert "seed 0 is finished already" in capsys.readouterr().out
+    assert {path: path.stat().st_mtime_ns for path in first.folder.rglob("*") if path.is_file()} == before
+
+
+def test_unfinished_seeds_are_resumed(train, monkeypatch):
+    settings = {"train__seeds": [0, 1], "train__save_every_steps": 3}
+    whole = train("whole", **settings)
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, 5, seed=1)
+        assert train("run", **settings).status == 130
+    resumed = train("run", **settings, train__resume=True)
+    assert (resumed.folder / "seeds.json").read_text() == (whole.folder / "seeds.json").read_text()
 
 
 def test_resume_with_nothing_to_resume(train):

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from dsmoe.checkpoint.pretrained import write_pretrained
+from dsmoe.checkpoint.pretrained import load_pretrained, write_pretrained
 from dsmoe.errors import UserError
 from dsmoe.files import new_folder, read_json, write_json
 
@@ -88,7 +88,7 @@ def load_checkpoint(
         UserError: a file is missing or damaged, or doesn't fit the model.
     """
     try:
-        restored = type(model).from_pretrained(path, dtype=torch.float32)
+        restored, _ = load_pretrained(path, torch.float32)
         tensors = load_file(path / "optimizer.safetensors")
         extra = load_file(path / "extra.safetensors")
     except (OSError, SafetensorError) as error:

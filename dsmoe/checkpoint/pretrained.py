@@ -2,6 +2,7 @@
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError
@@ -105,7 +106,8 @@ def load_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[DSMoEForCausa
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model, loading = DSMoEForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        loaded: Any = DSMoEForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        model, loading = loaded
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{folder}: the model can't be read ({str(error).splitlines()[0]})") from None
     finally:

@@ -145,6 +145,7 @@ class TrainSettings:
         save_every_steps: the same in steps; 0: by time only.
         keep_last: checkpoints to keep.
         resume: continue from the newest checkpoint in output_dir where there is one.
+        overwrite: replace a run that output_dir holds (without it and without resume, it is refused).
         trackers: trackers of accelerate besides log.jsonl, for example ["tensorboard"].
     """
 
@@ -166,6 +167,7 @@ class TrainSettings:
     save_every_steps: int = 0
     keep_last: int = 2
     resume: bool = False
+    overwrite: bool = False
     trackers: list[str] = field(default_factory=list)
 
 

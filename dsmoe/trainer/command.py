@@ -13,6 +13,7 @@ from typing import Any
 import yaml
 from jsonargparse import ArgumentParser, Namespace
 
+from dsmoe.checkpoint import latest_checkpoint
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import read_json, write_json, write_text
@@ -99,6 +100,7 @@ def _run(argv: Sequence[str] | None) -> None:
             accelerator.print(f"seed {seed} is finished already ({folder / 'summary.json'})")
             summaries.append(read_json(folder / "summary.json"))
             continue
+        _refuse_to_replace(config, folder)
         run = TrainingRun(copy.deepcopy(config), seed, folder, accelerator)
         if accelerator.is_main_process:
             write_text(root / "config.yaml", resolved)
@@ -113,3 +115,13 @@ def _run(argv: Sequence[str] | None) -> None:
         write_json(root / "comparison.json", {"to": arguments.compare_to, **differences})
         print(json.dumps(differences))
     accelerator.end_training()
+
+
+def _refuse_to_replace(config: RunConfig, folder: Path) -> None:
+    """Work done is never lost by starting the same command again."""
+    holds_run = (folder / "summary.json").exists() or latest_checkpoint(folder) is not None
+    if holds_run and not (config.train.resume or config.train.overwrite):
+        raise UserError(
+            f"{folder}: holds a run already; continue it with --train.resume true, replace it with --train.overwrite "
+            "true, or name another --train.output_dir"
+        )

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -27,7 +28,7 @@ from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_
 from dsmoe.trainer.log import RunLog
 from dsmoe.trainer.mask_phase import ThresholdController
 from dsmoe.trainer.matmul import choose_float32_matmul
-from dsmoe.trainer.statistics import RunningMean, Statistics, report
+from dsmoe.trainer.statistics import RunningMean, report
 from dsmoe.trainer.step import Stepper, StepResult
 from dsmoe.trainer.validation import validate
 
@@ -38,6 +39,7 @@ class TrainingRun:
     def __init__(self, config: RunConfig, seed: int, folder: Path, accelerator: Accelerator) -> None:
         self.config, self.seed, self.folder, self.accelerator = config, seed, folder, accelerator
         self.corpus = TokenCorpus(config.data.path)
+        self.corpus.num_tokens(config.data.validation_split)  # complains about an unknown split
         self.loader = TrainLoader(
             self.corpus,
             sequence_length=config.data.sequence_length,
@@ -251,8 +253,11 @@ class TrainingRun:
         checkpoint = latest_checkpoint(self.folder) if self.config.train.resume else None
         if checkpoint is not None:
             self._resume(checkpoint)
-        elif (self.folder / "log.jsonl").exists() and self.accelerator.is_main_process:
-            (self.folder / "log.jsonl").unlink()
+        elif self.accelerator.is_main_process:
+            # nothing to resume, or --train.overwrite: what is left here would later be taken for this run's
+            for name in ("log.jsonl", "summary.json"):
+                (self.folder / name).unlink(missing_ok=True)
+            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
         if self.accelerator.is_main_process:
             self.folder.mkdir(parents=True, exist_ok=True)
             write_json(self.folder / "config.json", dataclasses.asdict(self.config))
@@ -311,6 +316,3 @@ def _flat(value: dict, prefix: str = "") -> dict[str, Any]:
         else:
             found[prefix + key] = item
     return found
-
-
-__all__ = ["Statistics", "TrainingRun"]
