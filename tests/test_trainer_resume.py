@@ -132,3 +132,13 @@ def test_another_model_is_not_resumed(train, monkeypatch, capsys):
     assert refused.status == 2
     last = capsys.readouterr().err.strip().splitlines()[-1]
     assert last.startswith("error:") and "checkpoint of another model" in last
+
+
+def test_changed_settings_are_told(train, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, 5)
+        train("run", train__save_every_steps=3)
+    assert train("run", train__resume=True, optim__learning_rate=1e-4).status == 0
+    assert "and is 0.0001 since step-00000003" in capsys.readouterr().out
+    assert train("run", train__resume=True, optim__learning_rate=1e-3).status == 2
+    assert "optim.learning_rate was 0.0001 and is 0.001" in capsys.readouterr().err

@@ -22,7 +22,7 @@ echo "== text and benchmarks"
 echo "== training"
 for name in dense dense-active dsmoe; do
   [ -f "$dir/$name/summary.json" ] || accelerate launch --num_processes 1 --num_machines 1 --mixed_precision no \
-    --dynamo_backend no train/pretrain.py --config "configs/quickstart/$name.yaml" \
+    --dynamo_backend no --num_cpu_threads_per_process "$(getconf _NPROCESSORS_ONLN)" train/pretrain.py --config "configs/quickstart/$name.yaml" \
     --data.path "$dir/data" --train.output_dir "$dir/$name" --train.resume true \
     ${QUICKSTART_TOKENS:+--train.total_tokens "$QUICKSTART_TOKENS"}
 done

@@ -184,9 +184,11 @@ class DSMoEConfig(PreTrainedConfig):
             )
         if self.kind != "dense" and self.num_experts == 1 and self.num_attention_experts == 1:
             raise UserError(f"model.kind {self.kind!r} needs num_experts or num_attention_experts above 1")
-        if self.kind == "smoe" and any(policy["policy"] == "dense" for policy in self.mlp_routing):
+        part = "mlp" if self.num_experts > 1 else "attention"
+        policies = getattr(self, f"{part}_routing")
+        if self.kind == "smoe" and any(policy["policy"] == "dense" for policy in policies):
             raise UserError(
-                "model.kind 'smoe' trains sparsely: set mlp_routing, for example {policy: top_k, k: 2}"
+                f"model.kind 'smoe' trains sparsely: set {part}_routing, for example {{policy: top_k, k: 2}}"
             )
         for name in ("mlp_gate_scale", "attention_gate_scale"):
             value = getattr(self, name)

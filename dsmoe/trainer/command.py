@@ -17,6 +17,7 @@ from dsmoe.checkpoint import latest_checkpoint
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import read_json, write_json, write_text
+from dsmoe.trainer.differences import HARMLESS, differences
 from dsmoe.trainer.launch import start
 from dsmoe.trainer.loop import TrainingRun
 from dsmoe.trainer.seeds import compare, seed_folders, summarise
@@ -97,8 +98,8 @@ def _run(argv: Sequence[str] | None) -> None:
     for seed in config.train.seeds:
         folder = root if len(config.train.seeds) == 1 else root / f"seed-{seed}"
         if config.train.resume and (folder / "summary.json").exists():
+            summaries.append(_finished(config, folder))
             accelerator.print(f"seed {seed} is finished already ({folder / 'summary.json'})")
-            summaries.append(read_json(folder / "summary.json"))
             continue
         _refuse_to_replace(config, folder)
         run = TrainingRun(copy.deepcopy(config), seed, folder, accelerator)
@@ -115,6 +116,18 @@ def _run(argv: Sequence[str] | None) -> None:
         write_json(root / "comparison.json", {"to": arguments.compare_to, **differences})
         print(json.dumps(differences))
     accelerator.end_training()
+
+
+def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
+    """The summary of a finished run, which must be one of the same configuration."""
+    summary = read_json(folder / "summary.json")
+    changes = differences(summary["config"], dataclasses.asdict(config), HARMLESS)
+    if changes:
+        raise UserError(
+            f"{folder}: holds a finished run of another configuration ({changes[0]}); name another --train.output_dir, "
+            "or replace it with --train.overwrite true and without --train.resume"
+        )
+    return summary
 
 
 def _refuse_to_replace(config: RunConfig, folder: Path) -> None:

@@ -33,6 +33,12 @@ def start(config: RunConfig) -> Accelerator:
         # WORLD_SIZE without the rest of a launcher's variables, an unknown tracker, ...
         raise UserError(f"the processes can't be set up ({' '.join(str(error).split())})") from error
     check_processes(accelerator.num_processes, config.train.num_processes)
+    idle = (os.cpu_count() or 1) - torch.get_num_threads() * accelerator.num_processes
+    if on_cpu and idle > 0:
+        accelerator.print(
+            f"note: {torch.get_num_threads()} thread(s) a process leave {idle} core(s) idle; `accelerate launch` starts "
+            "with one thread unless told --num_cpu_threads_per_process (or --train.num_threads) otherwise"
+        )
     return accelerator
 
 

@@ -17,20 +17,19 @@ from dsmoe.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
 from dsmoe.config.run import RunConfig
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.data.loader import TrainLoader
-from dsmoe.data.windows import evaluation_batches
 from dsmoe.environment import describe
 from dsmoe.errors import UserError
 from dsmoe.files import write_json
-from dsmoe.model import DSMoEForCausalLM, model_inputs, use_routing
+from dsmoe.model import DSMoEForCausalLM, use_routing
 from dsmoe.model.kernels import selected_kernel
-from dsmoe.model.routing import keep_experts
 from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_factor
+from dsmoe.trainer.differences import HARMLESS, differences
 from dsmoe.trainer.log import RunLog
 from dsmoe.trainer.mask_phase import ThresholdController
 from dsmoe.trainer.matmul import choose_float32_matmul
 from dsmoe.trainer.statistics import RunningMean, report
 from dsmoe.trainer.step import Stepper, StepResult
-from dsmoe.trainer.validation import validate
+from dsmoe.trainer.validation import Validator
 
 
 class TrainingRun:
@@ -39,7 +38,6 @@ class TrainingRun:
     def __init__(self, config: RunConfig, seed: int, folder: Path, accelerator: Accelerator) -> None:
         self.config, self.seed, self.folder, self.accelerator = config, seed, folder, accelerator
         self.corpus = TokenCorpus(config.data.path)
-        self.corpus.num_tokens(config.data.validation_split)  # complains about an unknown split
         self.loader = TrainLoader(
             self.corpus,
             sequence_length=config.data.sequence_length,
@@ -50,6 +48,7 @@ class TrainingRun:
         self.micro_batches = self._micro_batches()
         set_seed(seed)
         self.raw_model = self._build_model()
+        self.validator = Validator(config, self.corpus, accelerator, self.raw_model)
         optimizer = build_optimizer(self.raw_model, config.optim)
         self.raw_optimizer = optimizer
         model, optimizer = accelerator.prepare(self.raw_model, optimizer)
@@ -168,7 +167,7 @@ class TrainingRun:
         shown = {"lm": f"{result.lm_loss:.3f}", "tok/s": f"{rate:,.0f}"}
         if self.controller.steps:
             line["mask_phase"] = {"threshold": self.controller.threshold}
-        active = self._active_experts()
+        active = self.validator.active_experts(self.controller)
         if active is not None:
             line["active_experts"] = [round(value, 3) for value in active]
             shown["active"] = f"{sum(active) / len(active):.1f}/{self.raw_model.config.num_experts}"
@@ -176,44 +175,8 @@ class TrainingRun:
         self.log.write(line)
         return time.perf_counter()
 
-    @torch.no_grad()
-    def _active_experts(self) -> list[float] | None:
-        """Mean MLP experts that the evaluation policy keeps, per layer, on one validation batch (DS-MoE only)."""
-        config = self.raw_model.config
-        if config.kind != "dsmoe" or config.num_experts == 1:
-            return None
-        batch = {key: value[:4].to(self.accelerator.device) for key, value in self._validation()[0].items()}
-        with self.accelerator.autocast():
-            logits = self.raw_model.model(**model_inputs(batch), use_cache=False).router_logits
-        mask = batch["attention_mask"].flatten().bool()
-        policy = self.config.train.eval_policy
-        if self.controller.steps:
-            policy = self.controller.policy(config.num_experts)
-        kept = (keep_experts(layer.flatten(0, 1)[mask].softmax(-1), policy) for layer in logits)
-        return [float(layer.sum(-1).double().mean()) for layer in kept]
-
-    def _validation(self) -> list[dict[str, torch.Tensor]]:
-        if not hasattr(self, "_validation_cache"):
-            self._validation_cache = list(
-                evaluation_batches(
-                    self.corpus,
-                    split=self.config.data.validation_split,
-                    sequence_length=self.config.data.sequence_length,
-                    batch_size=self.config.train.micro_batch_size,
-                    max_tokens=self.config.train.eval_tokens,
-                    isolate_documents=self.config.data.isolate_documents,
-                )
-            )
-        return self._validation_cache
-
     def _validate(self) -> dict[str, float]:
-        config = self.raw_model.config
-        sparse = None
-        if config.kind == "dsmoe" and config.num_experts > 1:
-            sparse = self.config.train.eval_policy
-            if self.controller.steps:
-                sparse = self.controller.policy(config.num_experts)
-        found = validate(self.accelerator, self.raw_model, self._validation(), sparse)
+        found = self.validator.validate(self.controller)
         self.log.write({"step": self.step, "tokens": self.step * self.config.tokens_per_step, **found})
         return found
 
@@ -279,12 +242,10 @@ class TrainingRun:
         torch.set_rng_state(extra["torch_rng"])
         if self.stepper.running is not None and "running.weight" in extra:
             self.stepper.running.load(extra)
-        for name, old in _flat(state["environment"]).items():
-            new = _flat(self.environment).get(name)
-            if new != old:
-                self.accelerator.print(
-                    f"warning: {name} was {old} and is {new}: losses may differ in the last bits"
-                )
+        for change in differences(state["config"], dataclasses.asdict(self.config), HARMLESS):
+            self.accelerator.print(f"warning: {change} since {checkpoint.name}")
+        for change in differences(state["environment"], self.environment):
+            self.accelerator.print(f"warning: {change}: losses may differ in the last bits")
         self.log.rewind(self.step)
         self.accelerator.print(f"resuming {checkpoint.name}")
 
@@ -306,13 +267,3 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         self.accelerator.print(json.dumps({"final": str(self.folder / "final"), **found}))
         return summary
-
-
-def _flat(value: dict, prefix: str = "") -> dict[str, Any]:
-    found: dict[str, Any] = {}
-    for key, item in value.items():
-        if isinstance(item, dict):
-            found.update(_flat(item, f"{prefix}{key}."))
-        else:
-            found[prefix + key] = item
-    return found

@@ -1,0 +1,33 @@
+"""What differs between two nested settings, for warnings on resume."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# these may change between a run and its resumption without touching its numbers
+HARMLESS = frozenset(
+    f"train.{name}"
+    for name in (
+        "output_dir", "resume", "overwrite", "seeds", "num_processes", "log_every_steps", "save_every_minutes",
+        "save_every_steps", "keep_last", "trackers", "eval_every_tokens", "micro_batch_size", "num_threads",
+    )
+) | {"data.path", "name"}  # fmt: skip
+
+
+def differences(
+    old: Mapping[str, Any], new: Mapping[str, Any], ignore: frozenset[str] = frozenset()
+) -> list[str]:
+    """One "name was A and is B" for each leaf that differs, names dotted."""
+    before, after = dict(_leaves(old)), dict(_leaves(new))
+    return [
+        f"{name} was {before.get(name)!r} and is {after.get(name)!r}"
+        for name in sorted(before.keys() | after.keys())
+        if name not in ignore and before.get(name) != after.get(name)
+    ]
+
+
+def _leaves(value: Mapping[str, Any], prefix: str = ""):
+    for key, item in value.items():
+        if isinstance(item, Mapping):
+            yield from _leaves(item, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", item
