@@ -5,7 +5,6 @@ import subprocess
 import sys
 
 import pytest
-import torch
 
 # A step of SGD with learning rate 1 on a float64 model: the weights move by exactly the gradient.
 SCRIPT = """
@@ -80,11 +79,18 @@ def test_a_spread_batch_has_the_gradient_of_the_whole(whole, tmp_path, rows, pro
 
 def test_statistics_of_each_part_alone_would_show(whole, tmp_path, monkeypatch):
     """The same comparison with p(e) of each micro-batch alone fails, so the one above can."""
-    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", SCRIPT.replace(
-        "settings, 0.0, None)", "settings, 0.0, RunningMean(0.0))"
-    ).replace("from dsmoe.trainer.step", "from dsmoe.trainer.statistics import RunningMean\nfrom dsmoe.trainer.step").replace(
-        "router_z_loss_coef=0.1,", "router_z_loss_coef=0.1, mi_statistics='running',"
-    ))  # fmt: skip
+    local = SCRIPT
+    for old, new in (
+        ("settings, 0.0, None)", "settings, 0.0, RunningMean(0.0))"),
+        (
+            "from dsmoe.trainer.step",
+            "from dsmoe.trainer.statistics import RunningMean\nfrom dsmoe.trainer.step",
+        ),
+        ("router_z_loss_coef=0.1,", "router_z_loss_coef=0.1, mi_statistics='running',"),
+    ):
+        assert old in local
+        local = local.replace(old, new)
+    monkeypatch.setattr(sys.modules[__name__], "SCRIPT", local)
     found = gradients(tmp_path, "local", 2, 1)
     routers = [name for name in whole if "router" in name and name.startswith("dsmoe")]
     assert max((found[name] - whole[name]).norm() / whole[name].norm() for name in routers) > 1e-2
