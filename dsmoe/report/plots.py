@@ -89,17 +89,24 @@ def quality_against_active(
         (model for model in models if model.get("validation_loss") is not None),
         key=lambda model: (model["num_params_active"], -model["validation_loss"]),
     )
-    middle = sum(axes.get_xlim()) / 2
-    for number, model in enumerate(shown):
+    right_half = max((model["num_params_active"] for model in shown), default=0) * 0.75
+    for model in shown:
         x, y = model["num_params_active"] / 1e6, model["validation_loss"]
         axes.plot(x, y, "o", markersize=9, color=COLOURS.get(model["name"]), zorder=3)
-        # labels point inwards, above and below in turn: twins stand close to each other
+        # labels point inwards; of neighbours, the higher point is labelled above and the lower below
+        near = [
+            other
+            for other in shown
+            if abs(other["num_params_active"] / 1e6 - x) < 0.1 * x and other is not model
+        ]
+        above = all(y >= other["validation_loss"] for other in near)
+        left = model["num_params_active"] < right_half
         axes.annotate(
             f"{model['name']} {y:.3f}",
             (x, y),
             textcoords="offset points",
-            xytext=(8 if x < middle else -8, 10 if number % 2 == 0 else -16),
-            ha="left" if x < middle else "right",
+            xytext=(8 if left else -8, 12 if above else -18),
+            ha="left" if left else "right",
             fontsize=9,
         )
     axes.set_xlabel("active parameters (millions, embeddings included)")

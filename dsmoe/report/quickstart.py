@@ -130,8 +130,8 @@ def _frontiers(
     corpus = TokenCorpus(config["data"]["path"])
     batches = list(
         evaluation_batches(
-            corpus, split="validation", sequence_length=config["data"]["sequence_length"], batch_size=16,
-            max_tokens=30_000,
+            corpus, split="validation", sequence_length=settings["sequence_length"], batch_size=16,
+            max_tokens=settings["data_tokens"],
         )
     )  # fmt: skip
     num_experts = model.config.num_experts
