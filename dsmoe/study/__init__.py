@@ -1,0 +1,1 @@
+"""Studies: a YAML that names many training runs, a launcher that runs and resumes them, and their table."""

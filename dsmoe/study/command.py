@@ -1,0 +1,88 @@
+"""The command line of `train/study.py`."""
+
+import argparse
+import fnmatch
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from dsmoe.errors import UserError, run_reporting_errors
+from dsmoe.files import write_json, write_text
+from dsmoe.study.launcher import launch
+from dsmoe.study.spec import read_study
+from dsmoe.study.tabulate import collect, table
+
+EPILOG = """examples:
+  python train/study.py configs/scaling/sweep.yaml --output runs/scaling --workers 2 --threads 1
+  python train/study.py configs/scaling/sweep.yaml --output runs/scaling --only 'dsmoe-*' --minutes 60
+  python train/study.py configs/scaling/sweep.yaml --output runs/scaling --table-only
+
+Run it again after an interruption: finished runs are kept, the others go on from their last checkpoint. The output folder
+gets a folder per run, results.json and table.md.
+"""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser."""
+    parser = argparse.ArgumentParser(
+        description="Run, resume and tabulate a study: many training runs that one YAML names.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("study", help="the study's YAML")
+    parser.add_argument("--output", required=True, type=Path, help="folder of the runs and their table")
+    parser.add_argument("--workers", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument("--threads", type=int, default=0, help="torch threads of each run (default: torch's)")
+    parser.add_argument("--minutes", type=float, default=0, help="stop after so long (default: no limit)")
+    parser.add_argument(
+        "--only", default="*", metavar="PATTERN", help="runs whose name matches, for example 'dense-*'"
+    )
+    parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting for every run, "
+                        "for example data.path=data/mine (repeatable)")  # fmt: skip
+    parser.add_argument("--list", action="store_true", help="print the runs' names and stop")
+    parser.add_argument("--table-only", action="store_true", help="run nothing; tabulate what is finished")
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run a study; returns the exit status."""
+    args = build_parser().parse_args(argv)
+    return run_reporting_errors(lambda: _run(args))
+
+
+def _run(args: argparse.Namespace) -> None:
+    if args.workers < 1 or args.threads < 0 or args.minutes < 0:
+        raise UserError(
+            f"--workers {args.workers}, --threads {args.threads} and --minutes {args.minutes:g}: workers must be at "
+            "least 1, the others at least 0"
+        )
+    study = read_study(args.study)
+    for setting in args.set:
+        name, equals, value = setting.partition("=")
+        if not equals:
+            raise UserError(f"--set {setting!r} must be NAME=VALUE, for example data.path=data/mine")
+        for run in study.runs:
+            run.settings[name] = value
+    chosen = [run for run in study.runs if fnmatch.fnmatch(run.name, args.only)]
+    if not chosen:
+        raise UserError(f"--only {args.only!r} matches no run; --list prints them")
+    if args.list:
+        print("\n".join(run.name for run in chosen))
+        return
+    args.output.mkdir(parents=True, exist_ok=True)
+    failed: dict[str, str] = {}
+    if not args.table_only:
+        failed = launch(
+            study, chosen, args.output, workers=args.workers, threads=args.threads, minutes=args.minutes
+        )["failed"]
+    results = collect(study, args.output)
+    write_json(args.output / "results.json", results)
+    if results["runs"]:
+        write_text(args.output / "table.md", table(results) + "\n")
+        print(table(results))
+    print(json.dumps({"finished": len(results["runs"]), "missing": len(results["missing"])}), file=sys.stderr)
+    if failed:
+        name, words = next(iter(failed.items()))
+        raise UserError(f"{len(failed)} run(s) failed, the first {args.output / name}: {words}")

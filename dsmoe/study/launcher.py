@@ -1,0 +1,131 @@
+"""Runs the runs of a study, several at a time, and picks up where it was broken off."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import IO, Any
+
+from tqdm import tqdm
+
+from dsmoe.errors import UserError
+from dsmoe.files import read_json, write_json
+from dsmoe.study.spec import Study, StudyRun
+
+# a study starts the trainer without the entry script, so that it also works from an installed package
+TRAINER = ["-c", "import sys; from dsmoe.trainer import main; sys.exit(main(sys.argv[1:]))"]
+
+
+def arguments(study: Study, run: StudyRun, output: Path, threads: int) -> list[str]:
+    """The trainer's command line of one run."""
+    found = ["--config", str(study.config)] if study.config else []
+    settings = {"name": run.name, **run.settings, "train.seeds": [run.seed]}
+    settings |= {"train.output_dir": str(output / run.name), "train.resume": True}
+    if threads:
+        settings["train.num_threads"] = threads
+    for name, value in settings.items():
+        found += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
+    return found
+
+
+def is_finished(run: StudyRun, output: Path) -> bool:
+    """Whether the run's summary is there, of the same settings.
+
+    Raises:
+        UserError: the folder holds a finished run of other settings.
+    """
+    folder = output / run.name
+    if not (folder / "summary.json").exists():
+        return False
+    if (folder / "study.json").exists() and read_json(folder / "study.json")["settings"] != run.settings:
+        raise UserError(
+            f"{folder}: holds a finished run of other settings; remove it, or name another --output"
+        )
+    return True
+
+
+class Worker:
+    """A running training process with its log."""
+
+    def __init__(self, study: Study, run: StudyRun, output: Path, threads: int) -> None:
+        self.run, self.folder = run, output / run.name
+        self.folder.mkdir(parents=True, exist_ok=True)
+        write_json(self.folder / "study.json", {"study": study.name, "settings": run.settings})
+        self.log: IO[bytes] = (self.folder / "output.log").open("ab")
+        environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+        command = [sys.executable, *TRAINER, *arguments(study, run, output, threads)]
+        self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
+
+    def stop(self) -> None:
+        """Ask the run to write a checkpoint and end."""
+        if self.process.poll() is None:
+            self.process.send_signal(signal.SIGTERM)
+
+    def wait(self) -> None:
+        """Wait for its end and close its log."""
+        self.process.wait()
+        self.log.close()
+
+    def last_words(self) -> str:
+        """The last line of its log."""
+        lines = (
+            (self.folder / "output.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
+        )
+        return lines[-1].split("\r")[-1] if lines else "no output"
+
+
+def launch(
+    study: Study,
+    runs: Sequence[StudyRun],
+    output: Path,
+    *,
+    workers: int = 1,
+    threads: int = 0,
+    minutes: float = 0,
+) -> dict[str, Any]:
+    """Run what is not finished yet.
+
+    Args:
+        study: the study.
+        runs: those of its runs to do, in order.
+        output: the folder of the study; every run gets a folder in it.
+        workers: runs at a time.
+        threads: torch threads of each; 0: torch's default.
+        minutes: stop after so long (runs that are under way are asked for a checkpoint); 0: no limit.
+
+    Returns:
+        {"finished": names, "failed": {name: last line}, "left": names}.
+    """
+    left = [run for run in runs if not is_finished(run, output)]
+    finished = [run.name for run in runs if run not in left]
+    failed: dict[str, str] = {}
+    deadline = time.monotonic() + minutes * 60 if minutes else float("inf")
+    bar = tqdm(total=len(runs), initial=len(finished), unit="run", desc=study.name, dynamic_ncols=True)
+    active: list[Worker] = []
+    try:
+        while (left or active) and time.monotonic() < deadline:
+            while left and len(active) < workers:
+                active.append(Worker(study, left.pop(0), output, threads))
+            bar.set_postfix_str(", ".join(worker.run.name for worker in active)[:60])
+            time.sleep(0.2)
+            for worker in [worker for worker in active if worker.process.poll() is not None]:
+                active.remove(worker)
+                worker.wait()
+                if is_finished(worker.run, output):
+                    finished.append(worker.run.name)
+                else:
+                    failed[worker.run.name] = worker.last_words()
+                    tqdm.write(f"failed: {worker.run.name}: {failed[worker.run.name]}", file=sys.stderr)
+                bar.update()
+    finally:
+        for worker in active:
+            worker.stop()
+        for worker in active:
+            worker.wait()
+        bar.close()
+    unfinished = [worker.run.name for worker in active] + [run.name for run in left]
+    return {"finished": finished, "failed": failed, "left": unfinished}

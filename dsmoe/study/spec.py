@@ -1,0 +1,161 @@
+"""A study as a YAML file: groups of runs, each a grid of settings and seeds over one base recipe.
+
+```yaml
+name: scaling
+config: configs/scaling/base.yaml        # a recipe of train/pretrain.py, relative to this file or the present folder
+settings: {data.path: data/scaling}      # settings of every run, by their dotted names
+groups:
+  dense:
+    settings: {model.kind: dense, model.num_experts: 1}
+    grid:                                # axes; the runs are their product
+      size:
+        small: {model.hidden_size: 64}
+        large: {model.hidden_size: 128}
+      tokens:
+        1M: {train.total_tokens: 1000000}
+    seeds: [0, 1]
+pairs: [[dsmoe, dense]]                  # groups compared run by run, where axes and seeds agree
+```
+
+A run is called `dense-small-1M-s0`.
+"""
+
+import itertools
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsmoe.errors import UserError
+
+KEYS = {"name", "config", "settings", "groups", "pairs"}
+GROUP_KEYS = {"settings", "grid", "seeds"}
+
+
+@dataclass(frozen=True)
+class StudyRun:
+    """One training run of a study.
+
+    Args:
+        name: unique; also its folder.
+        group: the group that it belongs to.
+        labels: the name of its point on each axis.
+        seed: of weights.
+        settings: by dotted name, over the base recipe.
+    """
+
+    name: str
+    group: str
+    labels: dict[str, str]
+    seed: int
+    settings: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Study:
+    """A whole study.
+
+    Args:
+        name: what to call it.
+        config: the base recipe; None: defaults.
+        runs: in the order in which they are run.
+        pairs: (first, second) groups to compare.
+    """
+
+    name: str
+    config: Path | None
+    runs: list[StudyRun]
+    pairs: list[tuple[str, str]] = field(default_factory=list)
+
+
+def read_study(path: str | Path) -> Study:
+    """Read a study.
+
+    Raises:
+        UserError: no such file, not YAML, an unknown key, a missing part; the message names the place.
+    """
+    path = Path(path)
+    try:
+        content = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, yaml.YAMLError) as problem:
+        raise UserError(f"{path}: {' '.join(str(problem).split())}; give a study's YAML file") from problem
+    study = _mapping(content, str(path), KEYS)
+    groups = _mapping(study.get("groups"), f"{path}: groups")
+    if not groups:
+        raise UserError(f"{path}: groups is empty; a study needs at least one group of runs")
+    shared = _mapping(study.get("settings"), f"{path}: settings")
+    runs: list[StudyRun] = []
+    for name, group in groups.items():
+        runs += _group_runs(
+            str(name), _mapping(group, f"{path}: groups.{name}", GROUP_KEYS), shared, str(path)
+        )
+    names = [run.name for run in runs]
+    if len(set(names)) < len(names):
+        twice = next(name for name in names if names.count(name) > 1)
+        raise UserError(f"{path}: two runs are called {twice!r}; rename a point of the grid")
+    return Study(
+        name=str(study.get("name", path.stem)),
+        config=_recipe(study.get("config"), path),
+        runs=runs,
+        pairs=_pairs(study.get("pairs"), groups, path),
+    )
+
+
+def _mapping(value: Any, place: str, known: set[str] | None = None) -> dict[str, Any]:
+    value = {} if value is None else value
+    if not isinstance(value, Mapping):
+        raise UserError(f"{place} is {value!r}; it must be a mapping")
+    unknown = sorted(set(value) - known) if known else []
+    if unknown:
+        raise UserError(f"{place}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known or ()))}")
+    return dict(value)
+
+
+def _group_runs(name: str, group: dict[str, Any], shared: dict[str, Any], path: str) -> list[StudyRun]:
+    place = f"{path}: groups.{name}"
+    axes = {
+        axis: _mapping(points, f"{place}.grid.{axis}")
+        for axis, points in _mapping(group.get("grid"), f"{place}.grid").items()
+    }
+    seeds = group.get("seeds", [0])
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise UserError(f"{place}.seeds is {seeds!r}; it must be a list of integers, such as [0, 1, 2]")
+    own = _mapping(group.get("settings"), f"{place}.settings")
+    runs = []
+    for point in itertools.product(*axes.values()):
+        labels = {axis: str(label) for axis, label in zip(axes, point)}
+        settings = {**shared, **own}
+        for axis, label in zip(axes, point):
+            settings |= _mapping(axes[axis][label], f"{place}.grid.{axis}.{label}")
+        for seed in seeds:
+            runs.append(
+                StudyRun("-".join([name, *labels.values(), f"s{seed}"]), name, labels, seed, settings)
+            )
+    return runs
+
+
+def _recipe(config: str | None, path: Path) -> Path | None:
+    if config is None:
+        return None
+    for folder in (path.parent, Path()):
+        if (folder / config).is_file():
+            return folder / config
+    raise UserError(
+        f"{path}: config {config!r} is no file, neither beside the study nor in the present folder"
+    )
+
+
+def _pairs(pairs: Any, groups: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
+    found = []
+    for pair in pairs or []:
+        if not isinstance(pair, list) or len(pair) != 2:
+            raise UserError(f"{path}: pairs holds {pair!r}; each must be two names of groups")
+        for name in pair:
+            if name not in groups:
+                raise UserError(
+                    f"{path}: pairs names {name!r}, which is no group; known are {', '.join(groups)}"
+                )
+        found.append((str(pair[0]), str(pair[1])))
+    return found

@@ -1,0 +1,138 @@
+"""A study's results: every run, means over seeds, paired differences between groups."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from dsmoe.accounting import markdown_table
+from dsmoe.files import read_json
+from dsmoe.study.spec import Study, StudyRun
+from dsmoe.trainer.seeds import spread
+
+COPIED = ("kind", "tokens", "validation_loss", "validation_loss_sparse", "test_loss", "test_loss_sparse",
+          "active_experts_sparse", "mlp_active_fraction", "num_params_total", "num_params_active", "training_flops",
+          "training_seconds")  # fmt: skip
+
+
+def final_loss(row: Mapping[str, Any], split: str = "validation") -> float:
+    """The loss in the mode that a model is run in: sparse for a DS-MoE, its own for the others."""
+    sparse = row.get(f"{split}_loss_sparse")
+    return row[f"{split}_loss"] if sparse is None else sparse
+
+
+def collect(study: Study, output: Path) -> dict[str, Any]:
+    """Everything that the finished runs gave.
+
+    Returns:
+        {"name", "runs": [one dict per finished run], "missing": names, "groups": [mean and spread over seeds of each
+        point], "pairs": [paired differences first - second at each point that both groups have]}.
+    """
+    rows, missing, environment = [], [], {}
+    for run in study.runs:
+        path = output / run.name / "summary.json"
+        if not path.exists():
+            missing.append(run.name)
+            continue
+        summary = read_json(path)
+        environment = summary["environment"]
+        rows.append(_row(run, summary))
+    return {
+        "name": study.name,
+        "runs": rows,
+        "missing": missing,
+        "groups": _groups(rows),
+        "pairs": [pair for names in study.pairs for pair in _pair(rows, *names)],
+        "environment": environment,
+    }
+
+
+def _row(run: StudyRun, summary: Mapping[str, Any]) -> dict[str, Any]:
+    found = {"name": run.name, "group": run.group, "labels": run.labels, "seed": run.seed}
+    found |= {key: summary[key] for key in COPIED if key in summary}
+    return {**found, "model": summary["config"]["model"], "settings": run.settings}
+
+
+def _point(row: Mapping[str, Any]) -> tuple[str, ...]:
+    return (row["group"], *row["labels"].values())
+
+
+def _points(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], list[Mapping[str, Any]]]:
+    points = defaultdict(list)
+    for row in rows:
+        points[_point(row)].append(row)
+    return points
+
+
+def _groups(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+    found = []
+    for same in _points(rows).values():
+        point = {
+            "group": same[0]["group"],
+            "labels": same[0]["labels"],
+            "seeds": [row["seed"] for row in same],
+        }
+        for split in ("validation", "test"):
+            if all(f"{split}_loss" in row for row in same):
+                point[f"{split}_loss"] = spread([final_loss(row, split) for row in same])
+        found.append(point)
+    return found
+
+
+def _pair(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> list[dict[str, Any]]:
+    found = []
+    points = _points(rows)
+    for (group, *labels), ours in points.items():
+        theirs = {row["seed"]: row for row in points.get((second, *labels), [])}
+        common = [row for row in ours if row["seed"] in theirs]
+        if group != first or not common:
+            continue
+        pair: dict[str, Any] = {
+            "first": first, "second": second, "labels": ours[0]["labels"], "seeds": [row["seed"] for row in common],
+        }  # fmt: skip
+        for split in ("validation", "test"):
+            if all(f"{split}_loss" in row for row in [*common, *theirs.values()]):
+                differences = [
+                    final_loss(row, split) - final_loss(theirs[row["seed"]], split) for row in common
+                ]
+                pair[split] = {"differences": differences, **spread(differences)}
+        found.append(pair)
+    return found
+
+
+def table(results: Mapping[str, Any]) -> str:
+    """The study as Markdown: one row a point, then the paired differences."""
+    rows = []
+    by_point = _points(results["runs"])
+    for point in results["groups"]:
+        same = by_point[_point(point)]
+        first = same[0]
+        rows.append(
+            [
+                "-".join([point["group"], *point["labels"].values()]),
+                str(len(same)),
+                f"{first['tokens'] / 1e6:.2f}M",
+                f"{first['num_params_total'] / 1e6:.2f}M",
+                f"{first['num_params_active'] / 1e6:.2f}M",
+                f"{first['training_flops']:.2e}",
+                _mean(point.get("validation_loss")),
+                _mean(point.get("test_loss")),
+            ]
+        )
+    header = ["runs", "seeds", "tokens", "total", "active", "FLOPs", "validation loss", "test loss"]
+    text = markdown_table(header, rows)
+    if results["pairs"]:
+        pairs = [
+            [f"{pair['first']} - {pair['second']}", "-".join(pair["labels"].values()) or "all", str(len(pair["seeds"])),
+             _mean(pair.get("validation"), sign=True), _mean(pair.get("test"), sign=True)]
+            for pair in results["pairs"]
+        ]  # fmt: skip
+        text += "\n\n" + markdown_table(["difference", "at", "seeds", "validation", "test"], pairs)
+    return text
+
+
+def _mean(value: Mapping[str, Any] | None, sign: bool = False) -> str:
+    if value is None:
+        return ""
+    mean = f"{value['mean']:+.4f}" if sign else f"{value['mean']:.4f}"
+    return mean if value["stderr"] is None else f"{mean} ± {value['stderr']:.4f}"

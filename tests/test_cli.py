@@ -1,0 +1,57 @@
+"""The console command: what it loads, what it says, how it ends."""
+
+import subprocess
+import sys
+
+import pytest
+
+from dsmoe import cli
+
+
+@pytest.mark.parametrize("name", cli.COMMANDS)
+def test_every_subcommand_has_help(name, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main([name, "--help"])
+    assert stop.value.code == 0
+    assert f"dsmoe {name}" in capsys.readouterr().out
+
+
+def test_the_list_of_subcommands(capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["--help"])
+    assert stop.value.code == 0
+    out = capsys.readouterr().out
+    assert all(name in out and command.summary.split()[0] in out for name, command in cli.COMMANDS.items())
+
+
+@pytest.mark.parametrize("words", [["nonsense"], []])
+def test_unknown_subcommands_end_with_status_2(words, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(words)
+    assert stop.value.code == 2
+    assert "Traceback" not in capsys.readouterr().err
+
+
+def loaded_by(code):
+    """Names of the modules that a fresh interpreter has loaded after `code`."""
+    code += "; import sys; print(' '.join(sys.modules))"
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    return set(run.stdout.split())
+
+
+def test_the_script_does_not_load_torch_before_it_is_needed():
+    code = "import sys; sys.argv = ['/usr/bin/dsmoe', '--help']; import dsmoe.cli"
+    assert not loaded_by(code) & {"torch", "transformers"}
+
+
+def test_importing_the_package_registers_the_architecture():
+    code = "import dsmoe; from transformers import AutoConfig; AutoConfig.for_model('dsmoe'); dsmoe.DSMoEForCausalLM"
+    assert "torch" in loaded_by(code)
+
+
+def test_names_of_the_package():
+    import dsmoe
+
+    assert dsmoe.DSMoEConfig.model_type == "dsmoe"
+    with pytest.raises(AttributeError, match="nonsense"):
+        dsmoe.nonsense  # noqa: B018

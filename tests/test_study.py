@@ -1,0 +1,138 @@
+"""Studies: reading, running with a stand-in trainer, resuming, tabulating."""
+
+import json
+import sys
+
+import pytest
+import yaml
+
+from dsmoe.study import launcher
+from dsmoe.study.command import main
+from dsmoe.study.spec import read_study
+from dsmoe.trainer.command import parse
+
+STUDY = {
+    "name": "toy",
+    "settings": {"data.path": "somewhere", "train.total_tokens": 1000},
+    "groups": {
+        "dense": {
+            "settings": {"model.kind": "dense", "model.num_experts": 1},
+            "grid": {
+                "size": {"small": {"model.hidden_size": 32}, "large": {"model.hidden_size": 64}},
+                "tokens": {"1k": {}, "2k": {"train.total_tokens": 2000}},
+            },
+            "seeds": [0, 1],
+        },
+        "dsmoe": {
+            "grid": {"size": {"small": {"model.hidden_size": 32}}, "tokens": {"1k": {}}},
+            "seeds": [0, 1],
+        },
+    },
+    "pairs": [["dsmoe", "dense"]],
+}
+
+# writes a summary whose losses follow from the settings, fails for one run until a file appears
+STAND_IN = """
+import json, pathlib, sys
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(options["--train.output_dir"])
+if "large-2k-s1" in folder.name and not (folder.parent / "mended").exists():
+    print("error: a made-up problem"); sys.exit(2)
+seed = json.loads(options["--train.seeds"])[0]
+kind = options.get("--model.kind", "dsmoe")
+loss = 3.0 + seed + (0.5 if kind == "dsmoe" else 0)
+summary = {"kind": kind, "seed": seed, "tokens": int(options["--train.total_tokens"]), "validation_loss": loss,
+           "num_params_total": 10, "num_params_active": 5, "training_flops": 1e9, "environment": {},
+           "config": {"model": {"hidden_size": int(options["--model.hidden_size"])}}}
+if kind == "dsmoe":
+    summary["validation_loss_sparse"] = loss - 0.25
+(folder / "summary.json").write_text(json.dumps(summary))
+"""
+
+
+@pytest.fixture
+def study(tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "TRAINER", ["-c", STAND_IN])
+    path = tmp_path / "toy.yaml"
+    path.write_text(yaml.safe_dump(STUDY, sort_keys=False))
+    return path
+
+
+def test_runs_are_the_product_of_axes_and_seeds(study):
+    runs = read_study(study).runs
+    assert len(runs) == 2 * 2 * 2 + 2
+    assert runs[3].name == "dense-small-2k-s1"
+    assert runs[3].settings["train.total_tokens"] == 2000
+    assert runs[0].settings["train.total_tokens"] == 1000
+    assert runs[-1].labels == {"size": "small", "tokens": "1k"}
+
+
+def test_settings_are_understood_by_the_trainer(study, tmp_path):
+    found = read_study(study)
+    config, _, _ = parse(launcher.arguments(found, found.runs[3], tmp_path, threads=1))
+    assert (config.model.kind, config.train.total_tokens, config.train.seeds) == ("dense", 2000, [1])
+    assert (config.train.num_threads, config.train.resume, config.name) == (1, True, "dense-small-2k-s1")
+
+
+def test_run_fail_mend_and_tabulate(study, tmp_path, capsys):
+    output = tmp_path / "runs"
+    assert main([str(study), "--output", str(output), "--workers", "3"]) == 2
+    words = capsys.readouterr().err
+    assert "dense-large-2k-s1: error: a made-up problem" in words
+    assert "Traceback" not in words
+    (output / "mended").touch()
+    before = (output / "dsmoe-small-1k-s0" / "summary.json").stat().st_mtime_ns
+    assert main([str(study), "--output", str(output)]) == 0
+    assert (output / "dsmoe-small-1k-s0" / "summary.json").stat().st_mtime_ns == before
+    results = json.loads((output / "results.json").read_text())
+    assert len(results["runs"]) == 10
+    assert not results["missing"]
+    (pair,) = results["pairs"]
+    assert pair["validation"]["differences"] == [
+        0.25,
+        0.25,
+    ]  # sparse DS-MoE against the dense run of the same seed
+    point = next(point for point in results["groups"] if point["group"] == "dsmoe")
+    assert point["validation_loss"]["mean"] == pytest.approx(3.75)
+    assert "dense-small-1k" in (output / "table.md").read_text()
+
+
+def test_a_finished_run_of_other_settings_is_not_taken(study, tmp_path, capsys):
+    output = tmp_path / "runs"
+    assert main([str(study), "--output", str(output), "--only", "dsmoe-*"]) == 0
+    assert main([str(study), "--output", str(output), "--only", "dsmoe-*", "--set", "optim.eps=1e-6"]) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_a_deadline_leaves_the_rest(study, tmp_path, monkeypatch):
+    monkeypatch.setattr(launcher, "TRAINER", ["-c", "import time; time.sleep(60)"])
+    found = read_study(study)
+    ended = launcher.launch(found, found.runs[:3], tmp_path, workers=2, minutes=0.005)
+    assert ended["left"] == [run.name for run in found.runs[:3]]
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"nonsense": 1}, "unknown key 'nonsense'"),
+        ({"groups": {}}, "groups is empty"),
+        ({"groups": {"a": {"seeds": "0"}}}, "seeds is '0'"),
+        ({"groups": {"a": {"grid": {"size": [1]}}}}, "must be a mapping"),
+        ({"pairs": [["dense", "smoe"]]}, "'smoe', which is no group"),
+        ({"config": "missing.yaml"}, "'missing.yaml' is no file"),
+    ],
+)
+def test_bad_studies_get_one_clear_line(study, tmp_path, capsys, change, words):
+    study.write_text(yaml.safe_dump({**STUDY, **change}))
+    assert main([str(study), "--output", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert words in error
+    assert len(error.strip().splitlines()) == 1
+
+
+def test_list_and_bad_options(study, tmp_path, capsys):
+    assert main([str(study), "--output", str(tmp_path), "--list", "--only", "dsmoe*"]) == 0
+    assert capsys.readouterr().out.split() == ["dsmoe-small-1k-s0", "dsmoe-small-1k-s1"]
+    for options in (["--only", "zzz"], ["--workers", "0"], ["--set", "nothing"]):
+        assert main([str(study), "--output", str(tmp_path), *options]) == 2
+    assert sys.exc_info() == (None, None, None)
