@@ -28,7 +28,7 @@ STUDY = {
             "seeds": [0, 1],
         },
     },
-    "pairs": [["dsmoe", "dense"]],
+    "pairs": [["dsmoe", "dense"], ["dsmoe-small-1k", "dense-large-2k"]],
 }
 
 # writes a summary whose losses follow from the settings, fails for one run until a file appears
@@ -87,7 +87,8 @@ def test_run_fail_mend_and_tabulate(study, tmp_path, capsys):
     results = json.loads((output / "results.json").read_text())
     assert len(results["runs"]) == 10
     assert not results["missing"]
-    (pair,) = results["pairs"]
+    pair, cross = results["pairs"]
+    assert (cross["first"], cross["second"], cross["seeds"]) == ("dsmoe-small-1k", "dense-large-2k", [0, 1])
     assert pair["validation"]["differences"] == [
         0.25,
         0.25,
@@ -118,7 +119,8 @@ def test_a_deadline_leaves_the_rest(study, tmp_path, monkeypatch):
         ({"groups": {}}, "groups is empty"),
         ({"groups": {"a": {"seeds": "0"}}}, "seeds is '0'"),
         ({"groups": {"a": {"grid": {"size": [1]}}}}, "must be a mapping"),
-        ({"pairs": [["dense", "smoe"]]}, "'smoe', which is no group"),
+        ({"pairs": [["dense", "smoe"]]}, "'smoe', which is neither"),
+        ({"pairs": [["dense", "dsmoe-small-1k"]]}, "one of each"),
         ({"config": "missing.yaml"}, "'missing.yaml' is no file"),
     ],
 )

@@ -14,7 +14,8 @@ groups:
       tokens:
         1M: {train.total_tokens: 1000000}
     seeds: [0, 1]
-pairs: [[dsmoe, dense]]                  # groups compared run by run, where axes and seeds agree
+pairs: [[dsmoe, dense]]                  # two groups, compared where axes and seeds agree; or two points, such as
+                                         # [dsmoe-small-1M, dense-small-2M], compared where seeds agree
 ```
 
 A run is called `dense-small-1M-s0`.
@@ -52,6 +53,11 @@ class StudyRun:
     seed: int
     settings: dict[str, Any]
 
+    @property
+    def point(self) -> str:
+        """What the runs of all seeds have in common: group and labels."""
+        return "-".join([self.group, *self.labels.values()])
+
 
 @dataclass(frozen=True)
 class Study:
@@ -61,7 +67,7 @@ class Study:
         name: what to call it.
         config: the base recipe; None: defaults.
         runs: in the order in which they are run.
-        pairs: (first, second) groups to compare.
+        pairs: (first, second) groups, or points, to compare.
     """
 
     name: str
@@ -99,7 +105,7 @@ def read_study(path: str | Path) -> Study:
         name=str(study.get("name", path.stem)),
         config=_recipe(study.get("config"), path),
         runs=runs,
-        pairs=_pairs(study.get("pairs"), groups, path),
+        pairs=_pairs(study.get("pairs"), runs, path),
     )
 
 
@@ -147,15 +153,22 @@ def _recipe(config: str | None, path: Path) -> Path | None:
     )
 
 
-def _pairs(pairs: Any, groups: Mapping[str, Any], path: Path) -> list[tuple[str, str]]:
+def _pairs(pairs: Any, runs: list[StudyRun], path: Path) -> list[tuple[str, str]]:
+    groups, points = {run.group for run in runs}, {run.point for run in runs}
     found = []
     for pair in pairs or []:
         if not isinstance(pair, list) or len(pair) != 2:
-            raise UserError(f"{path}: pairs holds {pair!r}; each must be two names of groups")
-        for name in pair:
-            if name not in groups:
-                raise UserError(
-                    f"{path}: pairs names {name!r}, which is no group; known are {', '.join(groups)}"
-                )
-        found.append((str(pair[0]), str(pair[1])))
+            raise UserError(f"{path}: pairs holds {pair!r}; each must be two names of groups or of points")
+        names = (str(pair[0]), str(pair[1]))
+        for known in (groups, points):
+            if all(name in known for name in names):
+                break
+        else:
+            unknown = next((name for name in names if name not in groups | points), None)
+            problem = f"{unknown!r}, which is neither" if unknown else f"{pair!r}, one of each"
+            raise UserError(
+                f"{path}: pairs names {problem}; give two groups ({', '.join(sorted(groups))}) or two points "
+                f"(such as {sorted(points)[0]})"
+            )
+        found.append(names)
     return found

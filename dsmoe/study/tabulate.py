@@ -80,23 +80,24 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _pair(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> list[dict[str, Any]]:
-    found = []
     points = _points(rows)
-    for (group, *labels), ours in points.items():
-        theirs = {row["seed"]: row for row in points.get((second, *labels), [])}
-        common = [row for row in ours if row["seed"] in theirs]
-        if group != first or not common:
-            continue
-        pair: dict[str, Any] = {
-            "first": first, "second": second, "labels": ours[0]["labels"], "seeds": [row["seed"] for row in common],
-        }  # fmt: skip
-        for split in ("validation", "test"):
-            if all(f"{split}_loss" in row for row in [*common, *theirs.values()]):
-                differences = [
-                    final_loss(row, split) - final_loss(theirs[row["seed"]], split) for row in common
-                ]
-                pair[split] = {"differences": differences, **spread(differences)}
-        found.append(pair)
+    by_name = {"-".join(point): point for point in points}
+    if first in by_name and second in by_name:
+        matches = [(by_name[first], by_name[second])]
+    else:
+        matches = [(point, (second, *point[1:])) for point in points if point[0] == first]
+    found = []
+    for ours, theirs in matches:
+        of_seed = {row["seed"]: row for row in points.get(theirs, [])}
+        common = [(row, of_seed[row["seed"]]) for row in points[ours] if row["seed"] in of_seed]
+        if common:
+            seeds = [row["seed"] for row, _ in common]
+            pair: dict[str, Any] = {"first": "-".join(ours), "second": "-".join(theirs), "seeds": seeds}
+            for split in ("validation", "test"):
+                if all(f"{split}_loss" in row for both in common for row in both):
+                    differences = [final_loss(row, split) - final_loss(other, split) for row, other in common]
+                    pair[split] = {"differences": differences, **spread(differences)}
+            found.append(pair)
     return found
 
 
@@ -123,11 +124,11 @@ def table(results: Mapping[str, Any]) -> str:
     text = markdown_table(header, rows)
     if results["pairs"]:
         pairs = [
-            [f"{pair['first']} - {pair['second']}", "-".join(pair["labels"].values()) or "all", str(len(pair["seeds"])),
+            [f"{pair['first']} - {pair['second']}", str(len(pair["seeds"])),
              _mean(pair.get("validation"), sign=True), _mean(pair.get("test"), sign=True)]
             for pair in results["pairs"]
         ]  # fmt: skip
-        text += "\n\n" + markdown_table(["difference", "at", "seeds", "validation", "test"], pairs)
+        text += "\n\n" + markdown_table(["difference", "seeds", "validation", "test"], pairs)
     return text
 
 

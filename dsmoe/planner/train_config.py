@@ -1,0 +1,78 @@
+"""A row of the plan as a configuration that `train/pretrain.py --config` accepts."""
+
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dsmoe.files import write_text
+from dsmoe.planner.plan import Plan, Row
+
+SEQUENCE_LENGTH = 2048
+ROUTER_LOSS = {
+    "dense": {},
+    "smoe": {"load_balancing_coef": 0.01},
+    "dsmoe": {"router_mi_loss_coef_mlp": 3.0e-3},
+}
+
+
+def training_config(row: Row, context_length: int = 0) -> dict[str, Any]:
+    """The configuration's sections as a dict.
+
+    Args:
+        row: the row to train.
+        context_length: longest context that the model is to serve.
+    """
+    fields, kind = row.fields, row.family.kind
+    model: dict[str, Any] = {
+        "kind": kind,
+        "vocab_size": row.family.vocab_size,
+        "hidden_size": fields["hidden_size"],
+        "intermediate_size": fields["intermediate_size"],
+        "num_hidden_layers": fields["num_layers"],
+        "num_experts": fields["num_experts"],
+        "num_attention_heads": fields["num_heads"],
+        "tie_word_embeddings": False,
+        "max_position_embeddings": max(SEQUENCE_LENGTH, context_length),
+    }
+    if kind == "smoe":
+        # Switch: the one kept expert is scaled by its probability
+        model |= {"mlp_gate_scale": 1.0, "mlp_routing": {"policy": "top_k", "k": 1}}
+    config: dict[str, Any] = {
+        "name": f"plan-{kind}-{fields['num_experts']}-d{fields['hidden_size']}",
+        "model": model,
+        "data": {"sequence_length": SEQUENCE_LENGTH},
+        "optim": {
+            "learning_rate": float(f"{fields['learning_rate']:.3g}"),
+            "schedule": "wsd",
+            "decay_fraction": 0.2,
+        },
+    }
+    if ROUTER_LOSS[kind]:
+        config["router_loss"] = dict(ROUTER_LOSS[kind])
+    if kind == "dsmoe" and fields["num_experts"] > 1:
+        config["mask_phase"] = {"fraction": 0.2, "target_active": round(row.family.active_share, 4)}
+    config["train"] = {
+        "output_dir": f"runs/{config['name']}",
+        "total_tokens": round(fields["tokens"]),
+        "global_batch_size": fields["batch_tokens"] // SEQUENCE_LENGTH,
+        "micro_batch_size": 4,
+        "precision": "bf16",
+    }
+    return config
+
+
+def write_config(plan: Plan, rank: int, path: str | Path) -> None:
+    """Write the configuration of the row of that rank (1: the best) as YAML, atomically."""
+    row = plan.rows[rank - 1]
+    fields = row.fields
+    marks = [
+        word for word, on in (("extrapolated", fields["extrapolated"]), ("assumed", fields["assumed"])) if on
+    ]
+    header = [
+        f"# {row.family.name}, rank {rank} of a plan by `dsmoe plan`; law: {plan.law.name}.",
+        f"# Predicted loss {fields['loss']:.4f} nats per token, not measured ({', '.join(marks) or 'in range'}).",
+        "# Learning rate, batch and router losses are starting points. Give the text with --data.path FOLDER.",
+    ]
+    body = yaml.safe_dump(training_config(row, plan.limits.serving.context_length), sort_keys=False)
+    write_text(path, "\n".join(header) + "\n" + body)

@@ -1,0 +1,178 @@
+"""`dsmoe plan` as a command: output, files that it writes, error lines, what it imports; and the page of figures."""
+
+import argparse
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from dsmoe import DSMoEForCausalLM
+from dsmoe.accounting import total_parameters
+from dsmoe.errors import run_reporting_errors
+from dsmoe.planner.command import add_parser
+from dsmoe.planner.page import main as page
+from dsmoe.trainer.command import parse
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.fixture
+def plan(capsys):
+    """plan("--flops", "1e22") -> (exit status, stdout, stderr)."""
+
+    def run(*words):
+        parser = argparse.ArgumentParser()
+        add_parser(parser.add_subparsers(required=True))
+        args = parser.parse_args(["plan", *words])
+        status = run_reporting_errors(lambda: args.run(args))
+        return status, *capsys.readouterr()
+
+    return run
+
+
+def test_the_command_of_the_issue(plan):
+    words = "--memory 24GB --flops 1e22 --inference-tokens 1e12 --context 16384 --batch 8 --dtype bf16 --max-tokens 5e11"
+    status, out, _ = plan(*words.split(), "--json", "-")
+    assert status == 0
+    rows = json.loads(out)["rows"]
+    assert len(rows) == 7
+    assert all(row["memory_bytes"] <= 24e9 and row["tokens"] <= 5e11 for row in rows)
+    assert all(row["binding"] for row in rows)
+
+
+def test_the_table_says_what_is_doubtful(plan):
+    status, out, _ = plan("--memory", "24GB", "--flops", "10 ZFLOP", "--context", "16384")
+    assert status == 0
+    assert out.splitlines()[2].split("|")[2].strip() == "SMoE E=4"
+    for words in (
+        "tie: within 0.006",
+        "extrapolated: outside",
+        "assumed loss",
+        "1.64 x the fit's RMSE",
+        "ALL experts",
+    ):
+        assert words in out
+    assumed = [line for line in out.splitlines() if line.startswith("|") and "DS-MoE" in line]
+    assert assumed and all(line.rstrip(" |").endswith("a") for line in assumed)
+
+
+def test_hardware_gives_memory_and_operations(plan):
+    _, out, _ = plan("--gpu", "h100:8", "--days", "30", "--memory", "100GB", "--json", "-")
+    content = json.loads(out)
+    assert content["limits"]["memory_bytes"] == 100e9
+    assert content["limits"]["flops"] == pytest.approx(8 * 989.4e12 * 0.4 * 30 * 86400)
+    assert any("smaller of it and --memory" in note for note in content["assumptions"])
+    _, out, _ = plan("--gpu", "rtx4090", "--flops", "1e20", "--json", "-")
+    assert json.loads(out)["limits"]["memory_bytes"] == 24e9
+
+
+def test_one_number_of_experts(plan):
+    _, out, _ = plan("--flops", "1e20", "--num-experts", "8", "--json", "-")
+    assert {(row["kind"], row["num_experts"]) for row in json.loads(out)["rows"]} == {
+        ("dense", 1), ("smoe", 8), ("dsmoe", 8)}  # fmt: skip
+    _, out, _ = plan("--flops", "1e20", "--num-experts", "1", "--json", "-")
+    dense, dsmoe = json.loads(out)["rows"]
+    changed = {name for name in dense if dense[name] != dsmoe[name]}
+    assert changed == {"kind", "assumed"}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ("", "no limit is given"),
+        ("--memory 24GB", "--max-tokens"),
+        ("--memory 24 --flops 1e22", "--memory '24'"),
+        ("--flops lots", "--flops 'lots'"),
+        ("--gpu h1000", "'h100'"),
+        ("--flops 1e22 --gpu h100 --mfu 2 --days 1", "--mfu 2"),
+        ("--flops 1e22 --days 3", "--days needs --gpu"),
+        ("--gpu h100 --days 0", "--days 0"),
+        ("--flops 1e22 --dtype int3", "--dtype 'int3'"),
+        ("--flops 1e22 --kv-dtype odd", "--kv-dtype 'odd'"),
+        ("--flops 1e22 --num-experts 2.5", "--num-experts '2.5'"),
+        ("--flops 1e22 --num-experts 3 --tabulated", "no entry for 3"),
+        ("--flops 1e22 --law joint --tabulated", "two laws"),
+        ("--flops 1e22 --eta 0", "--eta 0"),
+        ("--flops 1e22 --active-share 1.5", "--active-share 1.5"),
+        ("--flops 1e22 --kinds dense,moe", "--kinds 'moe'"),
+        ("--flops 1e22 --kinds smoe --num-experts 1", "no candidate"),
+        ("--flops 1e22 --row 9", "--row 9"),
+        ("--flops 1e22 --law missing.json", "no such file"),
+        ("--flops 1e6", "flops allows"),
+    ],
+)
+def test_bad_input_is_one_line(plan, words, message):
+    status, out, err = plan(*words.split())
+    assert (status, out) == (2, "")
+    assert err.startswith("error: ") and err.count("\n") == 1
+    assert message in err
+
+
+@pytest.mark.parametrize("kind", ["dense", "smoe", "dsmoe"])
+def test_the_written_config_trains_what_was_planned(plan, tmp_path, kind):
+    path = tmp_path / "plan.yaml"
+    words = ["--flops", "1e18", "--kinds", kind, "--write-config", str(path)]
+    words += ["--num-experts", "4"] if kind == "smoe" else []
+    _, out, _ = plan(*words, "--json", "-")
+    row = json.loads(out)["rows"][0]
+    run, _, resolved = parse(["--config", str(path), "--data.path", "somewhere"])
+    found, written = yaml.safe_load(resolved), yaml.safe_load(path.read_text(encoding="utf-8"))
+    for section, values in written.items():
+        for name, value in values.items() if isinstance(values, dict) else ():
+            assert found[section][name] == value, f"{section}.{name}"
+    run.check()
+    config = run.model_config()
+    with torch.device("meta"):
+        model = DSMoEForCausalLM(config)
+    assert model.num_parameters() == total_parameters(config)
+    # the law counts neither norms nor routers
+    assert model.num_parameters() == pytest.approx(row["num_params_total"], rel=0.003)
+    assert run.train.total_tokens == round(row["tokens"])
+    assert run.tokens_per_step == row["batch_tokens"]
+    assert run.train.global_batch_size % run.train.micro_batch_size == 0
+    assert run.optim.learning_rate == pytest.approx(row["learning_rate"], rel=0.01)
+    assert config.kind == kind
+    if kind == "smoe":
+        assert config.routing("mlp", 0) == {"policy": "top_k", "k": 1}
+        assert config.mlp_gate_scale == 1.0
+
+
+def test_files_are_written(plan, tmp_path):
+    status, out, _ = plan("--flops", "1e20", "--memory", "5GB", "--json", str(tmp_path / "plan.json"), "--plot",
+                          str(tmp_path / "plan.png"))  # fmt: skip
+    assert status == 0 and "written to" in out
+    assert json.loads((tmp_path / "plan.json").read_text(encoding="utf-8"))["rows"]
+    assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
+    assert plan("--flops", "1e20", "--total-params", "1B", "--plot", str(tmp_path / "points.png"))[0] == 0
+    assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "plan.png", "points.png"}
+
+
+def test_the_page(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("dsmoe.planner.figures.MAP_POINTS", 4)
+    monkeypatch.setattr("dsmoe.planner.plots.POINTS", 8)
+    assert page(["--output", str(tmp_path / "page"), "--flops", "1e22"]) == 0
+    folder = tmp_path / "page"
+    assert {path.name for path in folder.iterdir()} == {
+        "README.md", "page.json", "loss_against_memory.png", "isoflop.png", "inference_demand.png"}  # fmt: skip
+    readme = (folder / "README.md").read_text(encoding="utf-8")
+    assert "SMoE E=4 x (SMoE E=2, SMoE E=8)" in readme and "ASSUMED" in readme
+    assert page(["--output", str(folder), "--flops", "1e22"]) == 2
+    assert "not empty" in capsys.readouterr().err
+
+
+def test_no_torch():
+    """The planner under a stand-in for the package, whose own __init__ may load what it likes."""
+    code = (
+        "import importlib, pathlib, sys, types\n"
+        "package = sys.modules['dsmoe'] = types.ModuleType('dsmoe')\n"
+        "package.__path__ = ['dsmoe']\n"
+        "for path in sorted(pathlib.Path('dsmoe/planner').glob('*.py')):\n"
+        "    importlib.import_module('dsmoe.planner' + ('' if path.stem == '__init__' else '.' + path.stem))\n"
+        "print(sorted({'torch', 'transformers', 'matplotlib', 'scipy'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
