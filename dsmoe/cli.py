@@ -32,6 +32,7 @@ class Command:
 COMMANDS = {
     "data": Command("dsmoe.data.command", "prepare and verify token folders, fetch text and benchmarks"),
     "plan": Command("dsmoe.planner.command", "say which model to train under a memory and a compute budget"),
+    "fit": Command("dsmoe.planner.fit.command", "fit a scaling law to measured runs"),
     "sparsify": Command("dsmoe.sparsify.command", "give a checkpoint a sparse routing policy", True),
     "export": Command("dsmoe.export.command", "write a checkpoint for stock architectures", True),
 }

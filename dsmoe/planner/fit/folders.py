@@ -1,0 +1,131 @@
+"""Runs from the trainer's run folders, counted from their configs."""
+
+import json
+import math
+from collections.abc import Mapping
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+from dsmoe.accounting import active_experts, count_parameters, total_parameters
+from dsmoe.errors import UserError
+from dsmoe.files import read_json
+from dsmoe.planner.fit.runs import Run, checked
+
+SUMMARY, LOG = "summary.json", "log.jsonl"
+
+
+def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
+    """Read every finished run in a folder: its own summary.json, or those at any depth below.
+
+    The loss is the sparse one where it was measured. Active parameters of a DS-MoE follow from the mean active experts of
+    its summary, or in older runs from those that its log holds last.
+
+    Returns:
+        The runs in the order of their paths, and notes on what was assumed.
+
+    Raises:
+        UserError: no finished run, or a summary that lacks what is needed.
+    """
+    own = folder / SUMMARY
+    paths = [own] if own.is_file() else sorted(folder.rglob(SUMMARY))
+    if not paths:
+        raise UserError(
+            f"{folder}: no {SUMMARY} in it or below; give folders of finished runs, or a CSV file"
+        )
+    runs, notes = [], set()
+    for path in paths:
+        run, assumed = _read_run(path)
+        runs.append(run)
+        notes.update(assumed)
+    return runs, sorted(notes)
+
+
+def _read_run(path: Path) -> tuple[Run, list[str]]:
+    summary = read_json(path)
+    model = SimpleNamespace(**_entry(_entry(summary, "config", path), "model", path, "config."))
+    notes: list[str] = []
+    try:
+        kind = str(_entry(summary, "kind", path))
+        means = _mean_active(summary, path.with_name(LOG), model) if kind == "dsmoe" else None
+        total = total_parameters(model)
+        if kind == "dsmoe" and means is None and _policy_is_dense(model):
+            active = total
+            notes.append(
+                f"{path.parent.name}: no mean active experts in {SUMMARY} or {LOG}, so all parameters count as active"
+            )
+        else:
+            active = count_parameters(model, means).active
+        experts = float(model.num_experts)
+        if kind == "smoe":
+            experts, note = _expansion(model)
+            notes.extend(note)
+    except AttributeError as error:
+        raise UserError(
+            f"{path}: config.model has no {error.name!r}; it must be a summary of the trainer"
+        ) from None
+    key = "validation_loss_sparse" if "validation_loss_sparse" in summary else "validation_loss"
+    run = Run(
+        kind=kind,
+        num_experts=experts,
+        num_params_active=float(active),
+        num_params_total=float(total),
+        tokens=_number(summary, "tokens", path),
+        loss=_number(summary, key, path),
+        name=str(summary.get("name", path.parent.name)),
+        seed=int(summary.get("seed", 0)),
+    )
+    return checked(run, str(path)), notes
+
+
+def _entry(found: Any, key: str, path: Path, prefix: str = "") -> Any:
+    if not isinstance(found, Mapping) or key not in found:
+        raise UserError(f"{path}: no entry {prefix}{key!s}; it must be a summary of the trainer")
+    return found[key]
+
+
+def _number(summary: Any, key: str, path: Path) -> float:
+    value = _entry(summary, key, path)
+    if not isinstance(value, int | float) or not math.isfinite(value):
+        raise UserError(f"{path}: {key} is {value!r}; it must be a finite number above 0")
+    return float(value)
+
+
+def _policy_is_dense(model: Any) -> bool:
+    try:
+        return all(
+            mean == getattr(model, name)
+            for part, name in (("mlp", "num_experts"), ("attention", "num_attention_experts"))
+            for mean in active_experts(model, part)
+        )
+    except UserError:  # the count depends on the text: not dense
+        return False
+
+
+def _mean_active(summary: Any, log: Path, model: Any) -> dict[str, list[float]] | None:
+    """Mean active MLP experts per layer at the sparse policy, as accounting wants them; None if nothing says them."""
+    found = summary.get("active_experts_sparse")
+    if found is None and log.is_file():
+        for line in log.read_text(encoding="utf-8").splitlines():
+            try:
+                entry = json.loads(line)
+            except json.JSONDecodeError:
+                continue
+            found = entry.get("active_experts", found)
+    if found is None:
+        return None
+    # a token keeps at least one expert; means are rounded in the log
+    return {"mlp": [min(float(model.num_experts), max(1.0, float(mean))) for mean in found]}
+
+
+def _expansion(model: Any) -> tuple[float, list[str]]:
+    """The law's E of an SMoE (experts per active expert), with a note where its experts are not the law's."""
+    means = active_experts(model, "mlp")
+    active = sum(means) / len(means)
+    if active == 1:
+        return float(model.num_experts), []
+    note = (
+        f"SMoEs with {model.num_experts} experts of which {active:g} run count as E = {model.num_experts / active:g}: "
+        "the law's experts are full-size and top-1, so finer ones are outside of it"
+    )
+    return model.num_experts / active, [note]

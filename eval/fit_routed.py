@@ -1,0 +1,74 @@
+"""Joint laws of the routed models of arXiv 2202.01169, fitted without the largest ones, and their record."""
+
+import argparse
+import sys
+import tempfile
+from pathlib import Path
+
+from dsmoe.cli import run_reporting_errors
+from dsmoe.files import sha256, write_json
+from dsmoe.planner.fit.plots import residual_plot
+from dsmoe.planner.fit.routed import ROUTERS, coefficient_table, fit_router, summary_table
+from dsmoe.records import write_record
+
+RECORD = Path(__file__).resolve().parent / "records" / "scaling-routed"
+SOURCE = (
+    "github.com/google-deepmind/scaling_laws_for_routing, data/curves.csv.gz, CC BY 4.0 (arXiv 2202.01169)"
+)
+EXAMPLES = """examples:
+  python eval/fit_routed.py --data routed_lm_curves.csv.gz
+  python eval/fit_routed.py --data curves.csv.gz --output my-record --conclusion conclusion.md
+"""
+
+
+def run(args: argparse.Namespace) -> None:
+    """Fit each router, print the tables, write the record."""
+    results, plots = {}, []
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        for router in ROUTERS:
+            fit, results[router] = fit_router(args.data, router, args.bootstrap)
+            plots.append(folder / f"residuals_{router.lower()}.png")
+            residual_plot(
+                fit, plots[-1], f"{router} and dense, final losses; held out: 1.3B active parameters"
+            )
+        write_json(folder / "results.json", results)
+        tables = f"{summary_table(results)}\n\n{coefficient_table(results)}"
+        print(tables)
+        conclusion = args.conclusion.read_text(encoding="utf-8").strip() if args.conclusion else ""
+        write_record(
+            args.output,
+            title="Joint scaling laws of routed language models, fitted without the largest ones",
+            command="python eval/fit_routed.py --data routed_lm_curves.csv.gz",
+            conclusion=f"{conclusion}\n\n{tables}".strip(),
+            files=[folder / "results.json", *plots],
+            details={"data": {"source": SOURCE, "sha256": sha256(args.data)}, "bootstrap": args.bootstrap},
+            overwrite=args.overwrite,
+        )
+
+
+def main() -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--data", type=Path, required=True, metavar="CSV", help=f"curves.csv.gz of {SOURCE.split(',')[0]}"
+    )
+    parser.add_argument(
+        "--output", type=Path, default=RECORD, metavar="FOLDER", help="the record (default: in eval/records)"
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
+    parser.add_argument("--conclusion", type=Path, metavar="MD", help="text to put above the tables")
+    parser.add_argument(
+        "--bootstrap", type=int, default=200, metavar="B", help="refits (default: %(default)s)"
+    )
+    args = parser.parse_args()
+    return run_reporting_errors(lambda: run(args))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
