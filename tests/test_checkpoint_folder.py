@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dsmoe.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint
+from dsmoe.checkpoint import load_checkpoint, newest_intact, save_checkpoint
 from dsmoe.config.run import OptimSettings
 from dsmoe.errors import UserError
 from dsmoe.optim import build_optimizer
@@ -29,6 +29,10 @@ def save(folder, model, optimizer, step, keep_last=2, **extra):
     return save_checkpoint(folder, model, optimizer, {"step": step}, extra, None, keep_last)
 
 
+def names(folder):
+    return sorted(path.name for path in (folder / "checkpoints").iterdir())
+
+
 def test_round_trip(tiny_model, tmp_path):
     model, optimizer = trained(tiny_model)
     extra = {"torch_rng": torch.get_rng_state(), "mean": torch.rand(2, 3, dtype=torch.float64)}
@@ -47,13 +51,12 @@ def test_round_trip(tiny_model, tmp_path):
 
 
 def test_newest_are_kept(tiny_model, tmp_path):
-    assert latest_checkpoint(tmp_path) is None
+    assert newest_intact(tmp_path) is None
     model, optimizer = trained(tiny_model)
     for step in (2, 10, 100):
         save(tmp_path, model, optimizer, step)
-    names = sorted(path.name for path in (tmp_path / "checkpoints").iterdir())
-    assert names == ["step-00000010", "step-00000100"]
-    assert latest_checkpoint(tmp_path).name == "step-00000100"
+    assert names(tmp_path) == ["latest.json", "step-00000010", "step-00000100"]
+    assert newest_intact(tmp_path).name == "step-00000100"
 
 
 def test_an_interrupted_save_leaves_nothing(tiny_model, tmp_path, monkeypatch):
@@ -66,7 +69,7 @@ def test_an_interrupted_save_leaves_nothing(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr("dsmoe.checkpoint.folder.write_json", fail)
     with pytest.raises(KeyboardInterrupt):
         save(tmp_path, model, optimizer, 2)
-    assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["step-00000001"]
+    assert names(tmp_path) == ["latest.json", "step-00000001"]
 
 
 @pytest.mark.parametrize(

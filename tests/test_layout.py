@@ -26,6 +26,7 @@ ORDER = (
             "sparsify",
             "export",
             "evaluation",
+            "bench",
             "records",
             "study",
             "report",

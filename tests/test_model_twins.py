@@ -86,6 +86,18 @@ def test_uniform_routers_give_the_twin(tiny_model, normalization, qk_norm, mlp_t
         torch.testing.assert_close(model(ids).logits, expected, rtol=1e-12, atol=1e-12)
 
 
+@pytest.mark.parametrize("router", [{}, {"router_type": "mlp", "router_hidden_size": 8}])
+@torch.no_grad()
+def test_spread_of_router_weights(tiny_model, router):
+    ids = torch.arange(1, 21).view(2, 10)
+    silent = tiny_model(**router, router_initializer_range=0.0)
+    torch.testing.assert_close(silent(ids).logits, tiny_model(**DENSE)(ids).logits, rtol=1e-12, atol=1e-12)
+    usual, small = (tiny_model(**router, router_initializer_range=std) for std in (None, 0.02))
+    for (name, parameter), other in zip(usual.named_parameters(), small.parameters()):
+        last = name.endswith(("router.weight", "router.out_proj"))
+        torch.testing.assert_close(other, parameter * 0.1 if last else parameter)
+
+
 @torch.no_grad()
 def test_attention_twin_has_permuted_heads(tiny_model):
     """Expert a of the mixture holds, for each KV head j, the a-th query head of group j of the twin."""

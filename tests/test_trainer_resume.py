@@ -1,7 +1,11 @@
 """A run that broke off and was resumed is the run that did not break off, to the bit."""
 
+import errno
 import json
+import os
+import random
 
+import numpy as np
 import pytest
 import torch
 
@@ -113,13 +117,14 @@ def test_resume_with_nothing_to_resume(train):
     assert train("a", train__resume=True).log() == train("b").log()
 
 
-def test_a_torn_line_of_the_log_is_dropped(train, monkeypatch):
+@pytest.mark.parametrize("torn", [b'{"step": 3, "lm_lo', b'{"step": 3, "\xc3', b"\0\0\0\n", b"3\n", b"{}\n"])
+def test_a_torn_line_of_the_log_is_dropped(train, monkeypatch, torn):
     settings = {"train__save_every_steps": 3}
     with monkeypatch.context() as patch:
         interrupt_before(patch, 5)
         broken = train("run", **settings)
-    with (broken.folder / "log.jsonl").open("a") as handle:
-        handle.write('{"step": 3, "lm_lo')
+    with (broken.folder / "log.jsonl").open("ab") as handle:
+        handle.write(torn)
     assert train("run", **settings, train__resume=True).log() == train("whole", **settings).log()
 
 
@@ -142,3 +147,113 @@ def test_changed_settings_are_told(train, monkeypatch, capsys):
     assert "and is 0.0001 since step-00000003" in capsys.readouterr().out
     assert train("run", train__resume=True, optim__learning_rate=1e-3).status == 2
     assert "optim.learning_rate was 0.0001 and is 0.001" in capsys.readouterr().err
+
+
+def flip(path):
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def test_a_damaged_checkpoint_is_passed_over(train, monkeypatch, capsys):
+    settings = {"train__save_every_steps": 2}
+    whole = train("whole", **settings)
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, 5)
+        run = train("run", **settings)
+    bad = run.folder / "checkpoints" / "step-00000004" / "optimizer.safetensors"
+    flip(bad)
+    # the interrupted writing of a third one
+    (run.folder / "checkpoints" / ".step-00000006.0123abcd.tmp").mkdir()
+    capsys.readouterr()
+    assert train("run", **settings, train__resume=True).status == 0
+    told = capsys.readouterr()
+    assert f"warning: {bad}: changed" in told.err and "resuming step-00000002" in told.out
+    assert run.log() == whole.log()
+    names = sorted(path.name for path in (run.folder / "checkpoints").iterdir())
+    assert names == ["latest.json", "step-00000004", "step-00000006"]
+
+
+def test_a_run_without_an_intact_checkpoint_is_not_started_afresh(train, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, 5)
+        run = train("run", train__save_every_steps=3)
+    flip(run.folder / "checkpoints" / "step-00000003" / "model.safetensors")
+    before = run.log()
+    assert train("run", train__resume=True).status == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert (
+        line.startswith("error: ")
+        and "no checkpoint is intact" in line
+        and "model.safetensors: changed" in line
+    )
+    assert run.log() == before
+    assert train("run").status == 2
+    assert train("run", train__resume=True, train__overwrite=True).status == 0
+    assert "starting afresh" in capsys.readouterr().err
+    assert run.log() == train("whole").log()
+
+
+@pytest.mark.parametrize("place", ["checkpoint", "log"])
+def test_a_full_disk_stops_training_and_costs_nothing(train, monkeypatch, capsys, place):
+    settings = {"train__save_every_steps": 2}
+    whole = train("whole", **settings)
+
+    def full(self, *_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    one_step = TrainingRun._one_step
+
+    def filling(self, total):
+        if self.step == 3:
+            target = (
+                "dsmoe.checkpoint.folder.save_file"
+                if place == "checkpoint"
+                else "dsmoe.trainer.log.json.dumps"
+            )
+            patch.setattr(target, full)
+        return one_step(self, total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "_one_step", filling)
+        run = train("run", **settings)
+    assert run.status == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.startswith("error: ") and "the disk is full" in line
+    assert sorted(path.name for path in (run.folder / "checkpoints").iterdir()) == [
+        "latest.json",
+        "step-00000002",
+    ]
+    assert train("run", **settings, train__resume=True).status == 0
+    assert run.log() == whole.log()
+
+
+def test_all_random_states_are_kept(train, monkeypatch):
+    """Nothing draws at random today; whatever will is resumed too."""
+    drawn = {}
+    one_step = TrainingRun._one_step
+
+    def drawing(self, total):
+        numbers = [torch.rand(()).item(), random.random(), np.random.random()]  # noqa: NPY002
+        assert drawn.setdefault(self.step, numbers) == numbers
+        return one_step(self, total)
+
+    monkeypatch.setattr(TrainingRun, "_one_step", drawing)
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, 5)
+        assert train("run", train__save_every_steps=3).status == 130
+    # what other code draws in between
+    torch.rand(7), random.random(), np.random.random(3)  # noqa: NPY002
+    assert train("run", train__resume=True).status == 0
+    assert sorted(drawn) == list(range(8))
+
+
+def test_a_finished_run_of_an_older_version_is_known(train):
+    """Settings that it did not have count as their defaults."""
+    run = train("run")
+    summary = json.loads((run.folder / "summary.json").read_text())
+    del summary["config"]["guard"], summary["config"]["train"]["precision"]
+    (run.folder / "summary.json").write_text(json.dumps(summary))
+    assert train("run", train__resume=True).status == 0
+    assert train("run", train__resume=True, guard__spike_stds=4.0).status == 2
+    assert train("run", train__resume=True, guard__max_total=4).status == 0

@@ -36,7 +36,7 @@ def test_accumulation_changes_nothing(train, arm):
     assert parts.losses() == pytest.approx(whole.losses(), rel=1e-5)
     for ours, theirs in zip(parts.log(), whole.log()):
         if "router" in ours:
-            assert ours["grad_norm"] == 0.0
+            assert ours["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-3)
             for name, values in ours["router"]["mlp"].items():
                 torch.testing.assert_close(
                     torch.tensor(values),

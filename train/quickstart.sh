@@ -16,7 +16,7 @@ mkdir -p "$dir"
 echo "== text and benchmarks"
 [ -f "$dir/text.jsonl.gz" ] || dsmoe data text --cache "$cache" --output "$dir/text.jsonl.gz"
 [ -f "$dir/data/meta.json" ] || dsmoe data prepare --source "demonstration=$dir/text.jsonl.gz" \
-  --train-tokenizer 4096 --validation-fraction 0.01 --output "$dir/data"
+  --train-tokenizer 512 --validation-fraction 0.01 --output "$dir/data"
 [ -f "$dir/benchmarks/benchmarks.json" ] || dsmoe data benchmarks --cache "$cache" --output "$dir/benchmarks"
 
 echo "== training"

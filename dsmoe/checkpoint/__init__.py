@@ -1,6 +1,19 @@
-"""Checkpoints of a training run: whole or absent, weights and state as safetensors and JSON, no pickle."""
+"""Checkpoints of a training run: whole, verified by checksums; safetensors and JSON, no pickle."""
 
-from dsmoe.checkpoint.folder import latest_checkpoint, load_checkpoint, save_checkpoint
+from dsmoe.checkpoint.diskfull import told_when_full
+from dsmoe.checkpoint.folder import load_checkpoint, save_checkpoint
+from dsmoe.checkpoint.newest import checkpoint_folders, holds_checkpoints, newest_intact
 from dsmoe.checkpoint.pretrained import save_pretrained
+from dsmoe.checkpoint.retention import clean_leftovers, discard
 
-__all__ = ["latest_checkpoint", "load_checkpoint", "save_checkpoint", "save_pretrained"]
+__all__ = [
+    "checkpoint_folders",
+    "clean_leftovers",
+    "discard",
+    "holds_checkpoints",
+    "load_checkpoint",
+    "newest_intact",
+    "save_checkpoint",
+    "save_pretrained",
+    "told_when_full",
+]

@@ -4,14 +4,14 @@
 |-----------------------|------------------------------------------------------------------------------|
 | model.safetensors ... | the model as transformers loads it                                           |
 | optimizer.safetensors | "<parameter>.<state>" of AdamW                                               |
-| extra.safetensors     | tensors of the loop: running p(e), torch's random state                      |
-| state.json            | step, samples consumed, controller and the environment that wrote it         |
+| extra.safetensors     | tensors of the loop: running p(e), random states                             |
+| state.json            | step, samples consumed, controller, guard and the environment that wrote it  |
+| manifest.json         | size and SHA-256 of each of the others                                       |
 
-A folder is written beside its place and renamed, so that one with the right name is whole.
+A folder is written beside its place, brought to the disk and renamed. Then `checkpoints/latest.json` names it, and only
+then are older ones deleted.
 """
 
-import re
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -21,25 +21,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from dsmoe.checkpoint.diskfull import told_when_full
+from dsmoe.checkpoint.manifest import write_manifest
+from dsmoe.checkpoint.newest import point_to
 from dsmoe.checkpoint.pretrained import load_pretrained, write_pretrained
+from dsmoe.checkpoint.retention import keep_newest
 from dsmoe.errors import UserError
 from dsmoe.files import new_folder, read_json, write_json
-
-_NAME = re.compile(r"step-(\d{8})$")
-
-
-def checkpoint_folders(run_dir: Path) -> list[Path]:
-    """Folders of complete checkpoints, oldest first."""
-    folder = run_dir / "checkpoints"
-    if not folder.is_dir():
-        return []
-    return sorted(path for path in folder.iterdir() if _NAME.match(path.name) and path.is_dir())
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint, or None."""
-    folders = checkpoint_folders(run_dir)
-    return folders[-1] if folders else None
 
 
 def save_checkpoint(
@@ -51,7 +39,7 @@ def save_checkpoint(
     tokenizer_dir: Path | None,
     keep_last: int,
 ) -> Path:
-    """Write a checkpoint, then delete all but the newest `keep_last`.
+    """Write a checkpoint, then delete all but the newest `keep_last` intact ones.
 
     Args:
         run_dir: folder of the run.
@@ -64,22 +52,27 @@ def save_checkpoint(
 
     Returns:
         The new folder.
+
+    Raises:
+        UserError: the disk is full; nothing of the new checkpoint is left, and the older ones are all there.
     """
     path = run_dir / "checkpoints" / f"step-{state['step']:08d}"
-    with new_folder(path, overwrite=True) as beside:
-        write_pretrained(model, beside, tokenizer_dir)
-        save_file(_optimizer_tensors(optimizer), beside / "optimizer.safetensors")
-        save_file(extra, beside / "extra.safetensors")
-        write_json(beside / "state.json", state)
-    for old in checkpoint_folders(run_dir)[:-keep_last]:
-        shutil.rmtree(old)
+    with told_when_full(path):
+        with new_folder(path, overwrite=True) as beside:
+            write_pretrained(model, beside, tokenizer_dir)
+            save_file(_optimizer_tensors(optimizer), beside / "optimizer.safetensors")
+            save_file(extra, beside / "extra.safetensors")
+            write_json(beside / "state.json", state)
+            write_manifest(beside)
+        point_to(path)
+    keep_newest(run_dir, path, keep_last)
     return path
 
 
 def load_checkpoint(
     path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
-    """Restore a model and its optimiser in place.
+    """Restore a model and its optimiser in place, from a checkpoint that `newest_intact` has verified.
 
     Returns:
         The loop's state and its tensors.
@@ -103,7 +96,8 @@ def load_checkpoint(
         for name, parameter in zip(group["names"], group["params"]):
             prefix = f"{name}."
             optimizer.state[parameter] = {
-                key.removeprefix(prefix): value.to(parameter.device)
+                # a copy: what safetensors returns is the file, mapped
+                key.removeprefix(prefix): value.to(parameter.device, copy=True)
                 for key, value in tensors.items()
                 if key.startswith(prefix) and "." not in key.removeprefix(prefix)
             }

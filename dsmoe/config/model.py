@@ -53,6 +53,8 @@ class DSMoEConfig(PreTrainedConfig):
         rms_norm_eps: epsilon of every RMSNorm.
         initializer_range: standard deviation of initial weights; projections back into the residual stream
             (o_proj, down_proj) get it divided by sqrt(2 * num_hidden_layers).
+        router_initializer_range: the same for the matrix that gives router logits; null: initializer_range. The smaller,
+            the closer a DS-MoE starts to its dense twin (0: the same function).
 
     Raises:
         UserError: an impossible combination; the message names the field.
@@ -88,6 +90,7 @@ class DSMoEConfig(PreTrainedConfig):
     rope_parameters: dict | None = None
     rms_norm_eps: float = 1e-5
     initializer_range: float = 0.02
+    router_initializer_range: float | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | None = None

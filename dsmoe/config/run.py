@@ -122,6 +122,25 @@ class MaskPhaseSettings:
 
 
 @dataclass
+class GuardSettings:
+    """Steps that would do harm are skipped: no weight moves, the next step reads the next text.
+
+    Args:
+        enabled: skip steps whose loss or gradient is not finite, and spikes where those are asked for.
+        spike_stds: how many standard deviations above its running mean a loss or a gradient norm is a spike; 0: never.
+        spike_window: steps that the running mean and deviation reach back; spikes are judged after as many good steps.
+        max_consecutive: training stops after so many skipped steps in a row; 0: never.
+        max_total: training stops after so many skipped steps in all; 0: never.
+    """
+
+    enabled: bool = True
+    spike_stds: float = 0.0
+    spike_window: int = 200
+    max_consecutive: int = 10
+    max_total: int = 100
+
+
+@dataclass
 class TrainSettings:
     """The loop.
 
@@ -143,8 +162,8 @@ class TrainSettings:
         log_every_steps: how often a line goes into log.jsonl.
         save_every_minutes: how often to write a checkpoint.
         save_every_steps: the same in steps; 0: by time only.
-        keep_last: checkpoints to keep.
-        resume: continue from the newest checkpoint in output_dir where there is one.
+        keep_last: intact checkpoints to keep.
+        resume: continue from the newest intact checkpoint in output_dir where there is one.
         overwrite: replace a run that output_dir holds (without it and without resume, it is refused).
         trackers: trackers of accelerate besides log.jsonl, for example ["tensorboard"].
     """
@@ -182,6 +201,7 @@ class RunConfig:
         optim: the optimiser.
         router_loss: the router losses.
         mask_phase: training with the sparse forward at the end.
+        guard: what becomes of steps that would do harm.
         train: the loop.
     """
 
@@ -191,6 +211,7 @@ class RunConfig:
     optim: OptimSettings = field(default_factory=OptimSettings)
     router_loss: RouterLossSettings = field(default_factory=RouterLossSettings)
     mask_phase: MaskPhaseSettings = field(default_factory=MaskPhaseSettings)
+    guard: GuardSettings = field(default_factory=GuardSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
 
     @property
@@ -218,6 +239,10 @@ class RunConfig:
             ("train", "log_every_steps", 1),
             ("train", "eval_tokens", 1),
             ("train", "keep_last", 1),
+            ("guard", "spike_stds", 0),
+            ("guard", "spike_window", 2),
+            ("guard", "max_consecutive", 0),
+            ("guard", "max_total", 0),
         ):
             value = getattr(getattr(self, section), name)
             if value < low:
@@ -241,5 +266,5 @@ class RunConfig:
             )
 
 
-__all__ = ["DataSettings", "MaskPhaseSettings", "ModelSettings", "OptimSettings", "Policy", "RouterLossSettings",
-           "RunConfig", "TrainSettings"]  # fmt: skip
+__all__ = ["DataSettings", "GuardSettings", "MaskPhaseSettings", "ModelSettings", "OptimSettings", "Policy", 
+           "RouterLossSettings", "RunConfig", "TrainSettings"]  # fmt: skip

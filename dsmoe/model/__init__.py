@@ -3,6 +3,8 @@
 from dsmoe.model.inputs import model_inputs
 from dsmoe.model.modeling import DSMoECausalLMOutput, DSMoEForCausalLM, DSMoEModel, DSMoEModelOutput
 from dsmoe.model.policy import set_routing, use_routing
+from dsmoe.model.recompute import set_recompute
+from dsmoe.model.transformers_experts import wide_experts_forward
 
 __all__ = [
     "DSMoECausalLMOutput",
@@ -10,6 +12,8 @@ __all__ = [
     "DSMoEModel",
     "DSMoEModelOutput",
     "model_inputs",
+    "set_recompute",
     "set_routing",
     "use_routing",
+    "wide_experts_forward",
 ]

@@ -14,6 +14,10 @@ class Experts(nn.Module):
     In memory `gate_up_proj` is [N, 2F, D] (for gelu `up_proj` [N, F, D]) and `down_proj` [N, F, D]: flattening the
     first two dimensions gives the wide GEMM of dense mode, a slice gives one expert, both without a copy. On disk
     `down_proj` is [N, D, F] as in transformers (see `dsmoe.model.weights`).
+
+    Attributes:
+        recompute: in dense mode, compute the pre-activations again in the backward pass instead of keeping them (see
+            `dsmoe.model.recompute`).
     """
 
     def __init__(self, config: DSMoEConfig, layer_idx: int) -> None:
@@ -21,6 +25,7 @@ class Experts(nn.Module):
         self.layer_idx = layer_idx
         num_experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
         self.mlp_type = config.mlp_type
+        self.recompute = False
         if self.mlp_type == "swiglu":
             self.gate_up_proj = nn.Parameter(torch.empty(num_experts, 2 * width, hidden))
         else:
@@ -44,5 +49,7 @@ class Experts(nn.Module):
             [T, D].
         """
         if expert_mask_TN is None or gates_TN is None:
-            return wide_experts(x_TD, gates_TN, self.input_proj, self.down_proj, self.mlp_type)
+            return wide_experts(
+                x_TD, gates_TN, self.input_proj, self.down_proj, self.mlp_type, recompute=self.recompute
+            )
         return grouped_experts(x_TD, gates_TN, expert_mask_TN, self.input_proj, self.down_proj, self.mlp_type)

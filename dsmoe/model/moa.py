@@ -16,6 +16,7 @@ from transformers import Cache
 
 from dsmoe.config import DSMoEConfig
 from dsmoe.model.attention import KeyValueAttention
+from dsmoe.model.gated_projection import gated_projection
 from dsmoe.model.grouped import grouped_linear, kept_pairs
 from dsmoe.model.norm import RMSNorm
 from dsmoe.model.rotary import rotate
@@ -97,8 +98,8 @@ class MixtureOfHeads(KeyValueAttention):
         """Dense mode: one wide projection in, one wide projection out, gates on the heads in between."""
         q_BSAW = (x_BSD @ self.experts_q_proj.flatten(0, 1).T).unflatten(-1, (self.num_experts, -1))
         out, weights = self._attend_by_expert(q_BSAW, call)
-        gated = out * gates_TA.to(out.dtype).view(*out.shape[:3], 1)
-        return gated.flatten(2) @ self.experts_o_proj.flatten(0, 1), weights
+        y_TD = gated_projection(out.flatten(0, 1), gates_TA, self.experts_o_proj)
+        return y_TD.view(x_BSD.shape), weights
 
     def _kept_heads(
         self, x_BSD: Tensor, gates_TA: Tensor, kept: Tensor, call: "_Call"

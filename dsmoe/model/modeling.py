@@ -116,8 +116,11 @@ class DSMoEPreTrainedModel(PreTrainedModel):
                 module.layer_idx,
             )
         elif isinstance(module, Router):
-            for part, parameter in enumerate(module.parameters()):
-                initialise_linear(parameter, std, module.role, module.layer_idx, part)
+            stds = [std] * len(list(module.parameters()))
+            if self.config.router_initializer_range is not None:
+                stds[-1] = self.config.router_initializer_range
+            for part, (parameter, own) in enumerate(zip(module.parameters(), stds)):
+                initialise_linear(parameter, own, module.role, module.layer_idx, part)
         elif isinstance(module, nn.Linear | nn.Embedding):
             role = str(module.initial_role)
             std = std_out if role == "output" else std

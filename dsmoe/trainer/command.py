@@ -7,20 +7,25 @@ import json
 import re
 import sys
 from collections.abc import Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import yaml
+from accelerate import Accelerator
 from jsonargparse import ArgumentParser, Namespace
 
-from dsmoe.checkpoint import latest_checkpoint
+from dsmoe.checkpoint import clean_leftovers, holds_checkpoints, told_when_full
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import read_json, write_json, write_text
-from dsmoe.trainer.differences import HARMLESS, differences
+from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
 from dsmoe.trainer.launch import start
+from dsmoe.trainer.lock import RunLock
 from dsmoe.trainer.loop import TrainingRun
 from dsmoe.trainer.seeds import compare, seed_folders, summarise
+from dsmoe.trainer.signals import Stopped, StopSignals
+from dsmoe.trainer.together import on_main
 
 EPILOG = """examples:
   accelerate launch train/pretrain.py --config configs/quickstart/dsmoe.yaml
@@ -67,7 +72,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, Any, str]:
     """The run's configuration, the other arguments, and the resolved YAML."""
     parser = build_parser()
     namespace = parser.parse_args(argv)
-    for name in ("model", "data", "optim", "router_loss", "mask_phase", "train"):
+    for name in ("model", "data", "optim", "router_loss", "mask_phase", "guard", "train"):
         if not isinstance(namespace[name], Namespace):
             raise UserError(f"{name} is {namespace[name]!r}; it must be a mapping of settings")
     made = parser.instantiate(namespace)
@@ -78,8 +83,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, Any, str]:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Train; returns the exit status."""
-    return run_reporting_errors(lambda: _run(argv))
+    """Train; returns the exit status (2 for bad input or a full disk, 143 and 130 after SIGTERM and Ctrl-C)."""
+    try:
+        return run_reporting_errors(lambda: _run(argv))
+    except Stopped as stopped:
+        return stopped.status
 
 
 def _run(argv: Sequence[str] | None) -> None:
@@ -92,9 +100,34 @@ def _run(argv: Sequence[str] | None) -> None:
         raise UserError(f"--compare_to {arguments.compare_to}: no finished run there (no summary.json)")
     accelerator = start(config)
     root = Path(config.train.output_dir)
-    if config.train.trackers:
-        accelerator.init_trackers(config.name)
-    summaries = []
+    with StopSignals(speak=accelerator.is_main_process) as signals, ExitStack() as held, told_when_full(root):
+        on_main(accelerator, lambda: _take_over(root, held))
+        if config.train.trackers:
+            accelerator.init_trackers(config.name)
+        try:
+            summaries = _train_seeds(config, resolved, accelerator, signals)
+        except Stopped as stopped:
+            if accelerator.is_main_process:
+                print(stopped, file=sys.stderr)
+            accelerator.end_training()
+            raise
+        if accelerator.is_main_process:
+            _compare(root, summaries, arguments.compare_to)
+        accelerator.end_training()
+
+
+def _take_over(root: Path, held: ExitStack) -> None:
+    """Lock the folder of the run until `held` ends, and delete what a killed process has left half-written."""
+    held.enter_context(RunLock(root))
+    folders = [root, *sorted(root.glob("seed-*"))]
+    clean_leftovers([*folders, *(folder / "checkpoints" for folder in folders)])
+
+
+def _train_seeds(
+    config: RunConfig, resolved: str, accelerator: Accelerator, signals: StopSignals
+) -> list[dict[str, Any]]:
+    """One run a seed, one after the other; returns their summaries."""
+    root, summaries = Path(config.train.output_dir), []
     for seed in config.train.seeds:
         folder = root if len(config.train.seeds) == 1 else root / f"seed-{seed}"
         if config.train.resume and (folder / "summary.json").exists():
@@ -102,26 +135,30 @@ def _run(argv: Sequence[str] | None) -> None:
             accelerator.print(f"seed {seed} is finished already ({folder / 'summary.json'})")
             continue
         _refuse_to_replace(config, folder)
-        run = TrainingRun(copy.deepcopy(config), seed, folder, accelerator)
+        run = TrainingRun(copy.deepcopy(config), seed, folder, accelerator, signals)
         if accelerator.is_main_process:
             write_text(root / "config.yaml", resolved)
         summaries.append(run.run())
         accelerator.free_memory()
-    if accelerator.is_main_process and len(summaries) > 1:
-        comparison = summarise(summaries)
-        write_json(root / "seeds.json", comparison)
-        print(json.dumps(comparison))
-    if accelerator.is_main_process and arguments.compare_to:
-        differences = compare(root, Path(arguments.compare_to))
-        write_json(root / "comparison.json", {"to": arguments.compare_to, **differences})
-        print(json.dumps(differences))
-    accelerator.end_training()
+    return summaries
+
+
+def _compare(root: Path, summaries: list[dict[str, Any]], other: str | None) -> None:
+    """Write mean and spread over seeds, and paired differences with another run."""
+    if len(summaries) > 1:
+        spread = summarise(summaries)
+        write_json(root / "seeds.json", spread)
+        print(json.dumps(spread))
+    if other:
+        paired = compare(root, Path(other))
+        write_json(root / "comparison.json", {"to": other, **paired})
+        print(json.dumps(paired))
 
 
 def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
     """The summary of a finished run, which must be one of the same configuration."""
     summary = read_json(folder / "summary.json")
-    changes = differences(summary["config"], dataclasses.asdict(config), HARMLESS)
+    changes = differences(with_defaults(summary["config"]), dataclasses.asdict(config), HARMLESS)
     if changes:
         raise UserError(
             f"{folder}: holds a finished run of another configuration ({changes[0]}); name another --train.output_dir, "
@@ -132,7 +169,7 @@ def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
 
 def _refuse_to_replace(config: RunConfig, folder: Path) -> None:
     """Work done is never lost by starting the same command again."""
-    holds_run = (folder / "summary.json").exists() or latest_checkpoint(folder) is not None
+    holds_run = (folder / "summary.json").exists() or holds_checkpoints(folder)
     if holds_run and not (config.train.resume or config.train.overwrite):
         raise UserError(
             f"{folder}: holds a run already; continue it with --train.resume true, replace it with --train.overwrite "

@@ -1,7 +1,10 @@
 """What differs between two nested settings, for warnings on resume."""
 
 from collections.abc import Mapping
+from dataclasses import asdict
 from typing import Any
+
+from dsmoe.config.run import RunConfig
 
 # these may change between a run and its resumption without touching its numbers
 HARMLESS = frozenset(
@@ -10,7 +13,17 @@ HARMLESS = frozenset(
         "output_dir", "resume", "overwrite", "seeds", "num_processes", "log_every_steps", "save_every_minutes",
         "save_every_steps", "keep_last", "trackers", "eval_every_tokens", "micro_batch_size", "num_threads",
     )
-) | {"data.path", "name"}  # fmt: skip
+) | {"data.path", "name", "guard.max_consecutive", "guard.max_total"}  # fmt: skip
+
+
+def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's saved settings, with the defaults of those that have been added to the code since."""
+    return {
+        name: {**default, **settings.get(name, {})}
+        if isinstance(default, dict)
+        else settings.get(name, default)
+        for name, default in asdict(RunConfig()).items()
+    }
 
 
 def differences(

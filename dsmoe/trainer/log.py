@@ -1,10 +1,13 @@
 """The log of a run: log.jsonl, one JSON object a line, and accelerate's trackers."""
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+
+from dsmoe.files import write_text
 
 
 class RunLog:
@@ -18,10 +21,17 @@ class RunLog:
         """Drop lines after a step, left by a run that broke off after its last checkpoint."""
         if not self.accelerator.is_main_process or not self.path.exists():
             return
-        lines = self.path.read_text(encoding="utf-8").splitlines(keepends=True)
-        kept = [line for line in lines if line.endswith("\n") and json.loads(line).get("step", 0) <= step]
+        # a torn line may be cut inside a character, or hold zeros after a power failure
+        lines = self.path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+        kept = [line for line in lines if line.endswith("\n") and _step(line) <= step]
         if len(kept) < len(lines):
-            self.path.write_text("".join(kept), encoding="utf-8")
+            write_text(self.path, "".join(kept))
+
+    def sync(self) -> None:
+        """Bring the lines so far to the disk: a checkpoint must not outlive them."""
+        if self.path.exists():
+            with self.path.open("a") as handle:
+                os.fsync(handle.fileno())
 
     def write(self, line: dict[str, Any]) -> None:
         """Add one line; it has "step"."""
@@ -30,6 +40,14 @@ class RunLog:
                 handle.write(json.dumps(line) + "\n")
         if self.accelerator.trackers:
             self.accelerator.log(dict(_scalars(line)), step=line["step"])
+
+
+def _step(line: str) -> float:
+    """The step of a line; infinity where it isn't whole."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, KeyError, TypeError):
+        return float("inf")
 
 
 def _scalars(value: Any, name: str = ""):

@@ -2,7 +2,6 @@
 
 import dataclasses
 import json
-import shutil
 import time
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from accelerate.utils import set_seed
 from tqdm import tqdm
 
 from dsmoe.accounting import total_parameters
-from dsmoe.checkpoint import latest_checkpoint, load_checkpoint, save_checkpoint, save_pretrained
+from dsmoe.checkpoint import save_pretrained
 from dsmoe.config.run import RunConfig
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.data.loader import TrainLoader
@@ -23,20 +22,25 @@ from dsmoe.files import write_json
 from dsmoe.model import DSMoEForCausalLM, use_routing
 from dsmoe.model.kernels import selected_kernel
 from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_factor
+from dsmoe.trainer.checkpointer import Checkpointer
 from dsmoe.trainer.cost import sizes_and_cost
-from dsmoe.trainer.differences import HARMLESS, differences
+from dsmoe.trainer.guard import Guard
 from dsmoe.trainer.log import RunLog
 from dsmoe.trainer.mask_phase import ThresholdController
 from dsmoe.trainer.matmul import choose_float32_matmul
+from dsmoe.trainer.signals import StopSignals
+from dsmoe.trainer.state import LoopState
 from dsmoe.trainer.statistics import RunningMean, report
 from dsmoe.trainer.step import Stepper, StepResult
 from dsmoe.trainer.validation import Validator
 
 
 class TrainingRun:
-    """A run from its first step (or its newest checkpoint) to `final/`."""
+    """A run from its first step (or its newest intact checkpoint) to `final/`."""
 
-    def __init__(self, config: RunConfig, seed: int, folder: Path, accelerator: Accelerator) -> None:
+    def __init__(
+        self, config: RunConfig, seed: int, folder: Path, accelerator: Accelerator, signals: StopSignals
+    ) -> None:
         self.config, self.seed, self.folder, self.accelerator = config, seed, folder, accelerator
         self.corpus = TokenCorpus(config.data.path)
         self.loader = TrainLoader(
@@ -56,16 +60,18 @@ class TrainingRun:
         running = None
         if config.router_loss.mi_statistics == "running":
             running = RunningMean(config.router_loss.mi_running_decay)
+        self.state = LoopState(ThresholdController(config.mask_phase), Guard(config.guard), running)
+        self.controller = self.state.controller
         self.stepper = Stepper(
-            accelerator, model, optimizer, config.router_loss, config.optim.grad_clip, running
+            accelerator,
+            model,
+            optimizer,
+            config.router_loss,
+            config.optim.grad_clip,
+            running,
+            self.state.guard,
         )
-        self.controller = ThresholdController(config.mask_phase)
         self.log = RunLog(folder, accelerator)
-        self.step = 0
-        self.seconds, self.started = (
-            0.0,
-            time.perf_counter(),
-        )  # those before this process started, and its start
         self.environment = {
             **describe(),
             "kernel": selected_kernel(accelerator.device.type),
@@ -73,6 +79,15 @@ class TrainingRun:
             "num_processes": accelerator.num_processes,
             "corpus": self.corpus.fingerprint,
         }
+        self.checkpointer = Checkpointer(
+            config, seed, folder, accelerator, self.raw_model, self.raw_optimizer, self.state, self.log,
+            self.environment, self.corpus.tokenizer_dir, signals,
+        )  # fmt: skip
+
+    @property
+    def step(self) -> int:
+        """Optimiser steps done."""
+        return self.state.step
 
     def _micro_batches(self) -> int:
         train, world = self.config.train, self.accelerator.num_processes
@@ -109,23 +124,20 @@ class TrainingRun:
         self._begin()
         config, total = self.config, self.config.total_steps
         eval_every = max(1, config.train.eval_every_tokens // config.tokens_per_step)
-        saved_at = time.monotonic()
-        bar = tqdm(total=total, initial=self.step, disable=not self.accelerator.is_main_process, unit="step",
-                   desc=f"{config.name} seed {self.seed}", dynamic_ncols=True, smoothing=0.1)  # fmt: skip
-        clock = time.perf_counter()
-        while self.step < total:
-            result = self._one_step(total)
-            self.step += 1
-            bar.update()
-            if self.step % config.train.log_every_steps == 0 or self.step == total:
-                clock = self._log(result, clock, bar)
-            if config.train.eval_every_tokens and self.step % eval_every == 0 and self.step < total:
-                self._validate()
-                clock = time.perf_counter()
-            if self._should_save(saved_at, total):
-                self._save()
-                saved_at = time.monotonic()
-        bar.close()
+        self._restart_clock()
+        with tqdm(total=total, initial=self.step, disable=not self.accelerator.is_main_process, unit="step",
+                  desc=f"{config.name} seed {self.seed}", dynamic_ncols=True, smoothing=0.1) as bar:  # fmt: skip
+            while self.step < total:
+                result = self._one_step(total)
+                self.state.step += 1
+                bar.update()
+                if result.skipped:
+                    self._skipped(result)
+                elif self.step % config.train.log_every_steps == 0 or self.step == total:
+                    self._log(result, bar)
+                if config.train.eval_every_tokens and self.step % eval_every == 0 and self.step < total:
+                    self._validate()
+                self.checkpointer.after_step()
         return self._finish()
 
     def _one_step(self, total: int) -> StepResult:
@@ -139,8 +151,9 @@ class TrainingRun:
             return self.stepper.step(batches, mi_factor)
         with use_routing(self.raw_model, mlp=self.controller.policy(self.raw_model.config.num_experts)):
             result = self.stepper.step(batches, mi_factor)
-        statistics = result.statistics["mlp"]
-        self.controller.update(float((statistics.load_LN.mean() / statistics.num_tokens).item()))
+        if result.skipped is None:
+            statistics = result.statistics["mlp"]
+            self.controller.update(float((statistics.load_LN.mean() / statistics.num_tokens).item()))
         return result
 
     def _batches(self) -> list[dict[str, torch.Tensor]]:
@@ -156,10 +169,13 @@ class TrainingRun:
 
     # --- logging, validation, checkpoints -------------------------------------------------------------------
 
-    def _log(self, result: StepResult, clock: float, bar: tqdm) -> float:
-        now = time.perf_counter()
-        steps = self.step % self.config.train.log_every_steps or self.config.train.log_every_steps
-        rate = steps * self.config.tokens_per_step / max(1e-9, now - clock)
+    def _restart_clock(self) -> None:
+        """Speeds are measured from here on."""
+        self.clock = (self.step, time.perf_counter())
+
+    def _log(self, result: StepResult, bar: tqdm) -> None:
+        step, since = self.clock
+        rate = (self.step - step) * self.config.tokens_per_step / max(1e-9, time.perf_counter() - since)
         line = {
             "step": self.step,
             "tokens": self.step * self.config.tokens_per_step,
@@ -178,83 +194,40 @@ class TrainingRun:
             shown["active"] = f"{sum(active) / len(active):.1f}/{self.raw_model.config.num_experts}"
         bar.set_postfix(shown)
         self.log.write(line)
-        return time.perf_counter()
+        self._restart_clock()
 
     def _validate(self) -> dict[str, Any]:
         found = self.validator.validate(self.controller)
         self.log.write({"step": self.step, "tokens": self.step * self.config.tokens_per_step, **found})
+        self._restart_clock()
         return found
 
-    def _should_save(self, saved_at: float, total: int) -> bool:
-        train = self.config.train
-        due = bool(train.save_every_steps) and self.step % train.save_every_steps == 0
-        # the clock of one process decides for all
-        late = time.monotonic() - saved_at > train.save_every_minutes * 60
-        if self.accelerator.num_processes > 1:
-            flag = torch.tensor(
-                float(late and self.accelerator.is_main_process), device=self.accelerator.device
-            )
-            late = bool(self.accelerator.reduce(flag, reduction="sum") > 0)
-        return (due or late) and self.step < total
-
-    def _save(self) -> None:
-        if self.accelerator.is_main_process:
-            extra = {"torch_rng": torch.get_rng_state()}
-            if self.stepper.running is not None:
-                extra.update(self.stepper.running.tensors())
-            state = {
-                "step": self.step,
-                "samples": self.step * self.config.train.global_batch_size,
-                "seed": self.seed,
-                "seconds": self.seconds + time.perf_counter() - self.started,
-                "controller": {"threshold": self.controller.threshold, "steps": self.controller.steps},
-                "config": dataclasses.asdict(self.config),
-                "environment": self.environment,
-            }
-            save_checkpoint(
-                self.folder, self.raw_model, self.raw_optimizer, state, extra, self.corpus.tokenizer_dir,
-                self.config.train.keep_last,
-            )  # fmt: skip
-        self.accelerator.wait_for_everyone()
+    def _skipped(self, result: StepResult) -> None:
+        """Tell that the guard left a step out; raise UserError where there were too many."""
+        guard = self.state.guard
+        self.log.write(
+            {"step": self.step, "tokens": self.step * self.config.tokens_per_step, "skipped": result.skipped,
+             "skipped_total": guard.total, "skipped_consecutive": guard.consecutive}
+        )  # fmt: skip
+        exhausted = guard.exhausted()
+        if exhausted is None:
+            return
+        # who continues has seen it: the row starts anew
+        guard.consecutive = 0
+        self.checkpointer.save()
+        raise UserError(
+            f"{self.folder}: {exhausted}, the last at step {self.step}: {result.skipped}; the last good weights "
+            "are in the newest checkpoint: lower optim.learning_rate, look at the data, or allow more"
+        )
 
     def _begin(self) -> None:
         """Start afresh, or resume."""
-        checkpoint = latest_checkpoint(self.folder) if self.config.train.resume else None
-        if checkpoint is not None:
-            self._resume(checkpoint)
-        elif self.accelerator.is_main_process:
-            # nothing to resume, or --train.overwrite: what is left here would later be taken for this run's
-            for name in ("log.jsonl", "summary.json"):
-                (self.folder / name).unlink(missing_ok=True)
-            shutil.rmtree(self.folder / "checkpoints", ignore_errors=True)
-        if self.accelerator.is_main_process:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            write_json(self.folder / "config.json", dataclasses.asdict(self.config))
-            write_json(self.folder / "environment.json", self.environment)
-        self.accelerator.wait_for_everyone()
+        self.checkpointer.begin()
         self.accelerator.print(
             f"{self.config.name}: {total_parameters(self.raw_model.config):,}"
             f" parameters, {self.config.total_steps} steps of {self.config.tokens_per_step:,} tokens, "
             f"kernel {self.environment['kernel']}, {self.accelerator.num_processes} process(es)"
         )
-
-    def _resume(self, checkpoint: Path) -> None:
-        state, extra = load_checkpoint(checkpoint, self.raw_model, self.raw_optimizer)
-        if state["environment"]["corpus"] != self.environment["corpus"]:
-            raise UserError(f"{checkpoint}: was trained on another token folder than {self.config.data.path}")
-        self.step = state["step"]
-        self.seconds = state.get("seconds", 0.0)
-        self.controller.threshold = state["controller"]["threshold"]
-        self.controller.steps = state["controller"]["steps"]
-        torch.set_rng_state(extra["torch_rng"])
-        if self.stepper.running is not None and "running.weight" in extra:
-            self.stepper.running.load(extra)
-        for change in differences(state["config"], dataclasses.asdict(self.config), HARMLESS):
-            self.accelerator.print(f"warning: {change} since {checkpoint.name}")
-        for change in differences(state["environment"], self.environment):
-            self.accelerator.print(f"warning: {change}: losses may differ in the last bits")
-        self.log.rewind(self.step)
-        self.accelerator.print(f"resuming {checkpoint.name}")
 
     def _finish(self) -> dict[str, Any]:
         found = self._validate()
@@ -266,7 +239,8 @@ class TrainingRun:
             **found,
             **self.validator.test(self.controller),
             **sizes_and_cost(self.config, self.raw_model.config, found.get("active_experts_sparse")),
-            "training_seconds": round(self.seconds + time.perf_counter() - self.started, 1),
+            "training_seconds": round(self.state.elapsed(), 1),
+            "skipped_steps": self.state.guard.total,
             "mask_phase_threshold": self.controller.threshold if self.controller.steps else None,
             "config": dataclasses.asdict(self.config),
             "environment": self.environment,

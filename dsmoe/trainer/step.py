@@ -1,16 +1,19 @@
 """One optimiser step: language-modelling loss plus router losses, exact over processes and micro-batches."""
 
+import dataclasses
+import math
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from dsmoe.config.run import RouterLossSettings
+from dsmoe.config.run import GuardSettings, RouterLossSettings
 from dsmoe.losses import RouterStatistics, router_losses
 from dsmoe.model import model_inputs
+from dsmoe.trainer.guard import Guard
 from dsmoe.trainer.statistics import RunningMean, Statistics, add, batch_statistics, part_logits, reduce
 
 Batch = dict[str, Tensor]
@@ -22,13 +25,15 @@ class StepResult:
 
     Attributes:
         lm_loss: mean language-modelling loss over the global batch, nats per token.
-        grad_norm: norm of the gradient before clipping (0 where clipping is off).
+        grad_norm: norm of the gradient before clipping.
         statistics: router statistics of the global batch.
+        skipped: why no weight moved; None: the step was taken.
     """
 
     lm_loss: float
     grad_norm: float
     statistics: Statistics
+    skipped: str | None
 
 
 @dataclass
@@ -42,6 +47,7 @@ class Stepper:
         settings: coefficients of the router losses.
         grad_clip: largest norm of the gradient; 0: none.
         running: the running p(e), where that is asked for.
+        guard: decides whether a gradient is applied.
     """
 
     accelerator: Accelerator
@@ -50,6 +56,7 @@ class Stepper:
     settings: RouterLossSettings
     grad_clip: float
     running: RunningMean | None
+    guard: Guard = field(default_factory=lambda: Guard(GuardSettings()))
 
     def step(self, micro_batches: list[Batch], mi_factor: float) -> StepResult:
         """Run one step.
@@ -70,20 +77,25 @@ class Stepper:
         num_tokens = accelerator.reduce(num_tokens, reduction="sum")
         known = self._gather(micro_batches) if self._needs_gathering(len(micro_batches)) else None
         seen: Statistics | None = None
-        lm_sum = torch.zeros((), dtype=torch.float64)
+        running = self.running and dataclasses.replace(self.running, means=dict(self.running.means))
+        lm_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
             with accelerator.no_sync(self.model) if not last else nullcontext():
                 lm_loss, statistics = self._micro_step(batch, num_labels, num_tokens, mi_factor, known)
             lm_sum += lm_loss
             seen = add(seen, statistics)
-        grad_norm = 0.0
-        if self.grad_clip:
-            grad_norm = float(accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip))
-        self.optimizer.step()
+        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
+        # every process judges the same two numbers: the loss is a sum over processes, the norm the same in all
+        judged = torch.stack([lm_sum, torch.as_tensor(norm).to(lm_sum) / accelerator.num_processes])
+        lm_loss, grad_norm = accelerator.reduce(judged, reduction="sum").tolist()
+        skipped = self.guard.judge(lm_loss, grad_norm)
+        if skipped is None:
+            self.optimizer.step()
+        elif self.running is not None and running is not None:
+            self.running.means, self.running.weight = running.means, running.weight
         self.optimizer.zero_grad()
-        lm_sum = accelerator.reduce(lm_sum, reduction="sum")
-        return StepResult(float(lm_sum), grad_norm, reduce(accelerator, seen or {}))
+        return StepResult(lm_loss, grad_norm, reduce(accelerator, seen or {}), skipped)
 
     def _needs_gathering(self, num_micro_batches: int) -> bool:
         settings = self.settings
@@ -142,7 +154,7 @@ class Stepper:
                 loss = loss + self.settings.router_z_loss_coef * losses.z_loss
         # gradients are averaged over processes, and every term above is already divided by the global count
         self.accelerator.backward(loss * self.accelerator.num_processes)
-        return outputs.loss.detach().double().cpu(), local
+        return outputs.loss.detach().double(), local
 
 
 def _count_tokens(batch: Batch) -> Tensor | int:

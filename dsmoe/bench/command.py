@@ -1,0 +1,154 @@
+"""The command line of the training benchmark."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dsmoe.bench.contestants import DTYPES
+from dsmoe.bench.tables import growth_plot, result_table
+from dsmoe.bench.timing import threads_in_use
+from dsmoe.bench.training import (
+    FULL,
+    QUICK,
+    Plan,
+    measure_attention,
+    measure_growth,
+    measure_layer,
+    measure_model,
+)
+from dsmoe.environment import describe
+from dsmoe.errors import UserError, run_reporting_errors
+from dsmoe.files import write_json
+from dsmoe.model.kernels import selected_kernel
+from dsmoe.trainer.matmul import choose_float32_matmul
+
+EXAMPLES = """examples:
+  python eval/bench_training.py
+  python eval/bench_training.py --json results.json --plot growth.png
+  python eval/bench_training.py --threads 1 --json -
+  python eval/bench_training.py --quick
+Times depend on what else the machine does: run it on a quiet one. Verdicts use ratios alone.
+"""
+
+
+def measure(plan: Plan, threads: Sequence[int], advance: Callable[[str], Any]) -> dict[str, Any]:
+    """Run the benchmark.
+
+    Args:
+        plan: what is measured.
+        threads: numbers of threads; peers and growth are measured with the first alone.
+        advance: called with the name of the case after each timed step.
+
+    Returns:
+        The results as written by `--json`.
+    """
+    torch.manual_seed(0)
+    mode = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    results: dict[str, Any] = {
+        "float32_matmul": choose_float32_matmul("auto"),
+        "kernel": selected_kernel(),
+        "rounds": plan.rounds,
+        "tokens": plan.tokens,
+        "layers": [],
+        "attention": [],
+        "models": [],
+    }
+    try:
+        for count in threads:
+            with threads_in_use(count) as cores:
+                where = {"threads": count, "cores": cores}
+                _measure_on(plan, where, count == threads[0], results, advance)
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = mode  # type: ignore[attr-defined]
+    first = results["models"][0]
+    name = "tokens_per_second_ratio_to_dense"
+    results["model"] = {name: first[name], "dtype": first["dtype"], "threads": first["threads"]}
+    return {**results, **describe()}
+
+
+def _measure_on(
+    plan: Plan, where: dict[str, Any], first: bool, results: dict[str, Any], advance: Callable[[str], Any]
+) -> None:
+    shown = f"{where['threads']} thread{'s' if where['threads'] > 1 else ''}"
+    for sizes in plan.layers:
+        for dtype in DTYPES:
+            rows = measure_layer(sizes, dtype, plan, peers=first, advance=lambda: advance(f"layers, {shown}"))
+            results["layers"] += [{**row, **where} for row in rows]
+    for dtype in DTYPES:
+        row = measure_attention(dtype, plan, lambda: advance(f"attention, {shown}"))
+        results["attention"].append({**row, **where})
+    for dtype in DTYPES:
+        row = measure_model(dtype, plan, lambda: advance(f"whole model, {shown}"))
+        results["models"].append({**row, **where})
+    if first:
+        results["growth"] = measure_growth(plan, lambda: advance(f"growth, {shown}"))
+
+
+def run(args: argparse.Namespace) -> None:
+    """Measure, and print the table or write JSON."""
+    plan = QUICK if args.quick else FULL
+    if args.rounds is not None:
+        if args.rounds < 1:
+            raise UserError(f"--rounds is {args.rounds}; it must be at least 1")
+        plan = replace(plan, rounds=args.rounds)
+    usable = _usable_cores()
+    for count in args.threads:
+        if not 1 <= count <= usable:
+            raise UserError(f"--threads has {count}; this machine lets the process use 1 to {usable} cores")
+    # no total: implementations that don't run here, and slow ones, take fewer steps
+    with tqdm(unit=" steps", disable=None, file=sys.stderr) as bar:
+
+        def advance(case: str) -> None:
+            bar.set_description(case, refresh=False)
+            bar.update()
+
+        results = measure(plan, args.threads, advance)
+    if args.plot:
+        growth_plot(results["growth"], args.plot)
+    if args.json == "-":
+        print(json.dumps(results, indent=2))
+        return
+    print(result_table(results))
+    if args.json:
+        write_json(args.json, results)
+
+
+def _usable_cores() -> int:
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run."""
+    parser = argparse.ArgumentParser(
+        prog="python eval/bench_training.py",
+        description=(
+            "Time and memory of dense training: expert layers, mixtures of attention heads and whole models, "
+            "against dense ones and transformers' experts, interleaved, on pinned threads."
+        ),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write the results as JSON; - prints JSON instead of the table"
+    )
+    parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw how the cost grows")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=list(range(1, min(2, _usable_cores()) + 1)), metavar="N",
+        help="numbers of threads, measured one after the other (default: 1 and, with two cores, 2)",
+    )  # fmt: skip
+    parser.add_argument("--rounds", type=int, metavar="R", help="timed rounds of each case (default: 15)")
+    parser.add_argument("--quick", action="store_true", help="tiny sizes and 2 rounds, to see that it works")
+    return run_reporting_errors(lambda: run(parser.parse_args(argv)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,150 @@
+"""When a run writes its checkpoints, and how it starts from one."""
+
+import dataclasses
+import sys
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+
+from dsmoe.checkpoint import discard, load_checkpoint, newest_intact, save_checkpoint
+from dsmoe.config.run import RunConfig
+from dsmoe.errors import UserError
+from dsmoe.files import write_json
+from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
+from dsmoe.trainer.log import RunLog
+from dsmoe.trainer.signals import SIGNALS, Stopped, StopSignals
+from dsmoe.trainer.state import LoopState
+from dsmoe.trainer.together import on_main
+
+
+@dataclass
+class Checkpointer:
+    """Saves and restores one run.
+
+    Attributes:
+        config: of the run.
+        seed: of the run.
+        folder: of the run.
+        accelerator: of the run.
+        model: unwrapped.
+        optimizer: unwrapped.
+        state: what else changes from step to step.
+        log: rewound to the checkpoint that is resumed.
+        environment: what results depend on besides the configuration; a difference is told.
+        tokenizer_dir: its tokenizer goes into every checkpoint.
+        signals: a signal is answered with a checkpoint.
+    """
+
+    config: RunConfig
+    seed: int
+    folder: Path
+    accelerator: Accelerator
+    model: Any
+    optimizer: torch.optim.Optimizer
+    state: LoopState
+    log: RunLog
+    environment: dict[str, Any]
+    tokenizer_dir: Path | None
+    signals: StopSignals
+    _saved_step: int = 0
+    _saved_at: float = field(default_factory=time.monotonic)
+
+    def begin(self) -> None:
+        """Resume from the newest intact checkpoint, or clear the folder for a fresh run.
+
+        Raises:
+            UserError: there is something to resume, and it is damaged or of another run.
+        """
+        checkpoint = on_main(self.accelerator, self._find_or_clear)
+        if checkpoint is not None:
+            self._resume(checkpoint)
+        if self.accelerator.is_main_process:
+            write_json(self.folder / "config.json", dataclasses.asdict(self.config))
+            write_json(self.folder / "environment.json", self.environment)
+        self.accelerator.wait_for_everyone()
+        self._saved_at = time.monotonic()
+
+    def after_step(self) -> None:
+        """Write a checkpoint where one is due.
+
+        Raises:
+            Stopped: a signal came; the checkpoint is written.
+            UserError: the disk is full.
+        """
+        train, step = self.config.train, self.state.step
+        late, number = self._agreed(time.monotonic() - self._saved_at > train.save_every_minutes * 60)
+        if number:
+            self.save()
+            raise Stopped(number, step)
+        due = bool(train.save_every_steps) and step % train.save_every_steps == 0
+        if (due or late) and step < self.config.total_steps:
+            self.save()
+
+    def save(self) -> None:
+        """Write a checkpoint of the present step, unless there is one.
+
+        Raises:
+            UserError: the disk is full.
+        """
+        if self._saved_step == self.state.step:
+            return
+        on_main(self.accelerator, self._write)
+        self._saved_step, self._saved_at = self.state.step, time.monotonic()
+
+    def _agreed(self, late: bool) -> tuple[bool, int]:
+        """Whether the main process finds it late, and a signal that any process received (0: none), told to all."""
+        flags = [float(late and self.accelerator.is_main_process)]
+        flags += [float(self.signals.received == number) for number in SIGNALS]
+        if self.accelerator.num_processes > 1:
+            told = torch.tensor(flags, device=self.accelerator.device)
+            flags = self.accelerator.reduce(told, reduction="sum").tolist()
+        return flags[0] > 0, next((number for number, flag in zip(SIGNALS, flags[1:]) if flag > 0), 0)
+
+    def _write(self) -> None:
+        record = {
+            **self.state.record(),
+            "samples": self.state.step * self.config.train.global_batch_size,
+            "seed": self.seed,
+            "config": dataclasses.asdict(self.config),
+            "environment": self.environment,
+        }
+        self.log.sync()
+        save_checkpoint(
+            self.folder, self.model, self.optimizer, record, self.state.tensors(), self.tokenizer_dir,
+            self.config.train.keep_last,
+        )  # fmt: skip
+
+    def _find_or_clear(self) -> Path | None:
+        train = self.config.train
+        checkpoint = None
+        if train.resume:
+            try:
+                checkpoint = newest_intact(self.folder)
+            except UserError as error:
+                if not train.overwrite:
+                    raise
+                print(f"warning: {error}; starting afresh, as --train.overwrite says", file=sys.stderr)
+        if checkpoint is None:
+            # nothing to resume, or --train.overwrite: what is left here would later be taken for this run's
+            (self.folder / "summary.json").unlink(missing_ok=True)
+            discard(self.folder / "checkpoints")
+            (self.folder / "log.jsonl").unlink(missing_ok=True)
+            self.folder.mkdir(parents=True, exist_ok=True)
+        return checkpoint
+
+    def _resume(self, checkpoint: Path) -> None:
+        record, tensors = load_checkpoint(checkpoint, self.model, self.optimizer)
+        if record["environment"]["corpus"] != self.environment["corpus"]:
+            raise UserError(f"{checkpoint}: was trained on another token folder than {self.config.data.path}")
+        self.state.load(record, tensors)
+        self._saved_step = self.state.step
+        for change in differences(with_defaults(record["config"]), dataclasses.asdict(self.config), HARMLESS):
+            self.accelerator.print(f"warning: {change} since {checkpoint.name}")
+        for change in differences(record["environment"], self.environment):
+            self.accelerator.print(f"warning: {change}: losses may differ in the last bits")
+        self.log.rewind(self.state.step)
+        self.accelerator.print(f"resuming {checkpoint.name}")
