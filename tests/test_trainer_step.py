@@ -90,9 +90,9 @@ def test_mutual_information_is_learnt(train):
 def test_checkpointing_and_plain_agree(train):
     settings = {"train__total_tokens": 4 * 128, "router_loss__router_mi_loss_coef_mlp": 1.0}
     plain = train("plain", **settings)
-    assert train("checkpointed", **settings, train__gradient_checkpointing=True).losses() == pytest.approx(
-        plain.losses(), rel=1e-6
-    )
+    for name in ("gradient_checkpointing", "recompute_experts"):
+        losses = train(name, **settings, **{f"train__{name}": True}).losses()
+        assert losses == pytest.approx(plain.losses(), rel=1e-6), name
 
 
 def test_bf16_is_near(train):

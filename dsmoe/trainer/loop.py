@@ -19,7 +19,7 @@ from dsmoe.data.loader import TrainLoader
 from dsmoe.environment import describe
 from dsmoe.errors import UserError
 from dsmoe.files import write_json
-from dsmoe.model import DSMoEForCausalLM, use_routing
+from dsmoe.model import DSMoEForCausalLM, set_recompute, use_routing
 from dsmoe.model.kernels import selected_kernel
 from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_factor
 from dsmoe.trainer.checkpointer import Checkpointer
@@ -109,6 +109,7 @@ class TrainingRun:
         if config.eos_token_id is None:
             config.eos_token_id = config.bos_token_id = config.pad_token_id = self.corpus.eos_token_id
         model = DSMoEForCausalLM(config)
+        set_recompute(model, self.config.train.recompute_experts)
         if self.config.train.gradient_checkpointing:
             # renamed in transformers 5.23, which warns about the old name
             if hasattr(model, "activation_checkpointing_enable"):
