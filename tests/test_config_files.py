@@ -42,6 +42,18 @@ def test_an_unknown_key_fails(path, tmp_path, capsys):
     assert "hiden_size" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("path", sorted((CONFIGS / "accelerate").glob("*.yaml")), ids=lambda path: path.stem)
+def test_accelerate_knows_its_configs(path):
+    from accelerate.commands.config.config_args import load_config_from_file
+
+    config = load_config_from_file(str(path))
+    assert config.num_processes >= config.num_machines
+    launch = path.read_text(encoding="utf-8").split("accelerate launch")[1]
+    assert f"--config_file configs/accelerate/{path.name}" in launch
+    if config.num_processes > 1:
+        assert f"--train.num_processes {config.num_processes}" in launch
+
+
 def test_a_resolved_config_resolves_to_itself(tmp_path):
     policy = "[{policy: top_k, k: 2}, {policy: dense}]"
     options = ["--data.path", "somewhere", "--model.num_hidden_layers", "2", "--model.mlp_routing", policy]

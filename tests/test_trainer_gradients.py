@@ -14,6 +14,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from safetensors.torch import save_file
 from dsmoe import DSMoEConfig, DSMoEForCausalLM
 from dsmoe.config.run import RouterLossSettings
+from dsmoe.trainer.parallel import Replicated
 from dsmoe.trainer.step import Stepper
 
 rows = int(sys.argv[1])
@@ -39,7 +40,7 @@ for kind, output in (("dsmoe", sys.argv[2]), ("smoe", sys.argv[3])):
     )
     mine = range(accelerator.process_index * rows, 8, rows * accelerator.num_processes)
     batches = [{"input_ids": ids[i : i + rows], "shift_labels": labels[i : i + rows]} for i in mine]
-    Stepper(accelerator, prepared, optimizer, settings, 0.0, None).step(batches, 1.0)
+    Stepper(accelerator, prepared, optimizer, settings, 0.0, None, Replicated(accelerator)).step(batches, 1.0)
     if accelerator.is_main_process:
         save_file({name: before[name] - tensor.detach() for name, tensor in model.named_parameters()}, output)
 accelerator.end_training()
@@ -81,7 +82,7 @@ def test_statistics_of_each_part_alone_would_show(whole, tmp_path, monkeypatch):
     """The same comparison with p(e) of each micro-batch alone fails, so the one above can."""
     local = SCRIPT
     for old, new in (
-        ("settings, 0.0, None)", "settings, 0.0, RunningMean(0.0))"),
+        ("settings, 0.0, None,", "settings, 0.0, RunningMean(0.0),"),
         (
             "from dsmoe.trainer.step",
             "from dsmoe.trainer.statistics import RunningMean\nfrom dsmoe.trainer.step",

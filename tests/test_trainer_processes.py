@@ -2,12 +2,15 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+from dsmoe.trainer.parallel import shard_dim
 
 ROOT = Path(__file__).resolve().parents[1]
 # starting processes takes most of the time, so one launch runs the script for every arm
@@ -37,6 +40,8 @@ LARGE = {
 ARMS = {
     "plain": LARGE,
     "accumulated": LARGE,
+    "sharded": {**LARGE, "train__sharding": "fsdp2"},
+    "sharded-accumulated": {**LARGE, "train__sharding": "fsdp2"},
     "smoe": {
         **LARGE,
         "model__kind": "smoe",
@@ -47,7 +52,13 @@ ARMS = {
     },
 }
 # sequences per forward and process, in one process and in two
-MICRO = {"plain": (8, 4), "accumulated": (4, 2), "smoe": (8, 2)}
+MICRO = {
+    "plain": (8, 4),
+    "accumulated": (4, 2),
+    "sharded": (8, 4),
+    "sharded-accumulated": (4, 2),
+    "smoe": (8, 2),
+}
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +72,9 @@ def two_processes(tmp_path_factory, train_arguments):
         )
         for name, settings in ARMS.items()
     ]
-    # once more from its checkpoint: the log must come out as if nothing had happened
-    runs.append([*runs[0], "--train.resume", "true"])
+    # two of them once more from their checkpoints: the logs must come out as if nothing had happened
+    names = list(ARMS)
+    runs += [[*runs[names.index(name)], "--train.resume", "true"] for name in ("plain", "sharded")]
     (folder / "arguments.json").write_text(json.dumps(runs))
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
@@ -71,7 +83,8 @@ def two_processes(tmp_path_factory, train_arguments):
         env={**environment, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=180,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
-    assert "2 process(es)" in done.stdout and "resuming step-00000004" in done.stdout
+    assert done.stdout.count("2 process(es)") == len(runs)
+    assert done.stdout.count("resuming step-00000004") == 2
     return folder
 
 
@@ -100,6 +113,24 @@ def test_two_processes_equal_one(train, two_processes, name):
     for key, tensor in one.weights().items():
         assert (weights[key] - tensor).norm() <= 1e-3 * tensor.norm(), key
     assert (two_processes / name / "checkpoints" / "step-00000004" / "state.json").exists()
+
+
+@pytest.mark.parametrize("name", ["plain", "sharded"])
+def test_a_checkpoint_of_two_processes_resumes_in_one(train, two_processes, tmp_path, name, capsys):
+    shutil.copytree(two_processes / name, tmp_path / "moved")
+    (tmp_path / "moved" / "summary.json").unlink()
+    whole = train("one", **ARMS[name], train__micro_batch_size=8)
+    resumed = train("moved", **ARMS[name], train__micro_batch_size=8, train__resume=True)
+    assert "resuming step-00000004" in capsys.readouterr().out
+    assert resumed.losses() == pytest.approx(whole.losses(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("shape", "processes", "expected"),
+    [((32, 128, 512), 8, 0), ((32, 128, 512), 64, 1), ((6, 3, 64), 4, 2), ((5, 7), 4, 0), ((8,), 2, 0)],
+)
+def test_sharded_dimension_divides_evenly(shape, processes, expected):
+    assert shard_dim(torch.Size(shape), processes) == expected
 
 
 def test_statistics_of_one_process_alone_would_show(train, monkeypatch):

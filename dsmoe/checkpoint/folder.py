@@ -12,6 +12,7 @@ A folder is written beside its place, brought to the disk and renamed. Then `che
 then are older ones deleted.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +39,8 @@ def save_checkpoint(
     extra: dict[str, Tensor],
     tokenizer_dir: Path | None,
     keep_last: int,
+    weights: dict[str, Tensor] | None = None,
+    moments: dict[str, Tensor] | None = None,
 ) -> Path:
     """Write a checkpoint, then delete all but the newest `keep_last` intact ones.
 
@@ -49,6 +52,8 @@ def save_checkpoint(
         extra: tensors of the loop.
         tokenizer_dir: copied along.
         keep_last: how many to keep (at least 1).
+        weights: the whole weights, where the model holds only a part of them.
+        moments: the whole tensors of the optimiser (see `optimizer_tensors`), likewise.
 
     Returns:
         The new folder.
@@ -59,8 +64,10 @@ def save_checkpoint(
     path = run_dir / "checkpoints" / f"step-{state['step']:08d}"
     with told_when_full(path):
         with new_folder(path, overwrite=True) as beside:
-            write_pretrained(model, beside, tokenizer_dir)
-            save_file(_optimizer_tensors(optimizer), beside / "optimizer.safetensors")
+            write_pretrained(model, beside, tokenizer_dir, weights=weights)
+            save_file(
+                optimizer_tensors(optimizer) if moments is None else moments, beside / "optimizer.safetensors"
+            )
             save_file(extra, beside / "extra.safetensors")
             write_json(beside / "state.json", state)
             write_manifest(beside)
@@ -70,9 +77,20 @@ def save_checkpoint(
 
 
 def load_checkpoint(
-    path: Path, model: PreTrainedModel, optimizer: torch.optim.Optimizer
+    path: Path,
+    model: PreTrainedModel,
+    optimizer: torch.optim.Optimizer,
+    load_weights: Callable[[Any, dict[str, Tensor]], Any] | None = None,
+    part: Callable[[Tensor, Tensor], Tensor] | None = None,
 ) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Restore a model and its optimiser in place, from a checkpoint that `newest_intact` has verified.
+
+    Args:
+        path: its folder.
+        model: unwrapped model.
+        optimizer: its groups hold "names" beside "params".
+        load_weights: gives the model whole weights; None: `load_state_dict`.
+        part: what this process keeps of a whole tensor of a parameter's optimiser state; None: all of it.
 
     Returns:
         The loop's state and its tensors.
@@ -87,7 +105,10 @@ def load_checkpoint(
     except (OSError, SafetensorError) as error:
         raise UserError(f"{path}: checkpoint can't be read ({error})") from None
     try:
-        model.load_state_dict(restored.state_dict())
+        if load_weights is None:
+            model.load_state_dict(restored.state_dict())
+        else:
+            load_weights(model, restored.state_dict())
     except RuntimeError as error:
         raise UserError(
             f"{path}: checkpoint of another model ({str(error).splitlines()[-1].strip()})"
@@ -98,16 +119,21 @@ def load_checkpoint(
             optimizer.state[parameter] = {
                 # a copy: what safetensors returns is the file, mapped
                 key.removeprefix(prefix): value.to(parameter.device, copy=True)
+                if part is None
+                else part(value, parameter)
                 for key, value in tensors.items()
                 if key.startswith(prefix) and "." not in key.removeprefix(prefix)
             }
     return read_json(path / "state.json"), extra
 
 
-def _optimizer_tensors(optimizer: torch.optim.Optimizer) -> dict[str, Tensor]:
+def optimizer_tensors(
+    optimizer: torch.optim.Optimizer, whole: Callable[[Any], Tensor] = torch.as_tensor
+) -> dict[str, Tensor]:
+    """The state of an optimiser by "<parameter>.<state>"; `whole` gathers a tensor from all processes."""
     tensors = {}
     for group in optimizer.param_groups:
         for name, parameter in zip(group["names"], group["params"]):
             for key, value in optimizer.state.get(parameter, {}).items():
-                tensors[f"{name}.{key}"] = torch.as_tensor(value).contiguous()
+                tensors[f"{name}.{key}"] = whole(value).contiguous()
     return tensors

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -39,7 +40,12 @@ TOKENIZER_FILES = (
 
 
 def write_pretrained(
-    model: PreTrainedModel, folder: Path, tokenizer_dir: Path | None, *, shim: bool = True
+    model: PreTrainedModel,
+    folder: Path,
+    tokenizer_dir: Path | None,
+    *,
+    shim: bool = True,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model into an existing folder.
 
@@ -48,11 +54,12 @@ def write_pretrained(
         folder: where; the caller makes it appear whole.
         tokenizer_dir: folder whose tokenizer files are copied; None: no tokenizer.
         shim: write the auto_map shim (for model_type "dsmoe").
+        weights: the whole weights, where the model holds only a part of them.
     """
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
@@ -67,7 +74,12 @@ def write_pretrained(
 
 
 def save_pretrained(
-    model: PreTrainedModel, folder: str | Path, tokenizer_dir: Path | None, *, overwrite: bool = False
+    model: PreTrainedModel,
+    folder: str | Path,
+    tokenizer_dir: Path | None,
+    *,
+    overwrite: bool = False,
+    weights: dict[str, Tensor] | None = None,
 ) -> None:
     """Write a model folder that appears whole.
 
@@ -75,7 +87,7 @@ def save_pretrained(
         UserError: the folder is not empty and `overwrite` is false.
     """
     with new_folder(folder, overwrite=overwrite) as beside:
-        write_pretrained(model, beside, tokenizer_dir)
+        write_pretrained(model, beside, tokenizer_dir, weights=weights)
 
 
 def load_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[DSMoEForCausalLM, Path]:

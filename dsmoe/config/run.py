@@ -153,6 +153,8 @@ class TrainSettings:
         precision: "f32", or "bf16" (autocast; weights stay float32).
         float32_matmul: "auto" (oneDNN's fast mode on CPUs where a probe finds it accurate) or "strict".
         gradient_checkpointing: recompute layers in the backward.
+        sharding: "none" (every process holds the whole model), or "fsdp2" (weights, gradients and moments are sharded
+            over the processes by torch's fully_shard).
         recompute_experts: recompute only the experts' pre-activations in the backward (dense mode): nearly all of the
             saving for a fifth more time in the MLPs.
         num_processes: how many processes must have come up; null: whatever was launched.
@@ -179,6 +181,7 @@ class TrainSettings:
     float32_matmul: typing.Literal["auto", "strict"] = "auto"
     gradient_checkpointing: bool = False
     recompute_experts: bool = False
+    sharding: typing.Literal["none", "fsdp2"] = "none"
     num_processes: int | None = None
     num_threads: int = 0
     eval_every_tokens: int = 0

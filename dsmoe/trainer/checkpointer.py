@@ -10,12 +10,13 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dsmoe.checkpoint import discard, load_checkpoint, newest_intact, save_checkpoint
+from dsmoe.checkpoint import discard, load_checkpoint, newest_intact, optimizer_tensors, save_checkpoint
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError
 from dsmoe.files import write_json
 from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
 from dsmoe.trainer.log import RunLog
+from dsmoe.trainer.parallel import Replicated, Tensors
 from dsmoe.trainer.signals import SIGNALS, Stopped, StopSignals
 from dsmoe.trainer.state import LoopState
 from dsmoe.trainer.together import on_main
@@ -32,6 +33,7 @@ class Checkpointer:
         accelerator: of the run.
         model: unwrapped.
         optimizer: unwrapped.
+        parallel: gathers and spreads their tensors.
         state: what else changes from step to step.
         log: rewound to the checkpoint that is resumed.
         environment: what results depend on besides the configuration; a difference is told.
@@ -45,6 +47,7 @@ class Checkpointer:
     accelerator: Accelerator
     model: Any
     optimizer: torch.optim.Optimizer
+    parallel: Replicated
     state: LoopState
     log: RunLog
     environment: dict[str, Any]
@@ -92,7 +95,9 @@ class Checkpointer:
         """
         if self._saved_step == self.state.step:
             return
-        on_main(self.accelerator, self._write)
+        weights = self.parallel.weights(self.model)
+        moments = optimizer_tensors(self.optimizer, self.parallel.whole)
+        on_main(self.accelerator, lambda: self._write(weights, moments))
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
 
     def _agreed(self, late: bool) -> tuple[bool, int]:
@@ -104,7 +109,7 @@ class Checkpointer:
             flags = self.accelerator.reduce(told, reduction="sum").tolist()
         return flags[0] > 0, next((number for number, flag in zip(SIGNALS, flags[1:]) if flag > 0), 0)
 
-    def _write(self) -> None:
+    def _write(self, weights: Tensors | None, moments: Tensors) -> None:
         record = {
             **self.state.record(),
             "samples": self.state.step * self.config.train.global_batch_size,
@@ -115,7 +120,7 @@ class Checkpointer:
         self.log.sync()
         save_checkpoint(
             self.folder, self.model, self.optimizer, record, self.state.tensors(), self.tokenizer_dir,
-            self.config.train.keep_last,
+            self.config.train.keep_last, weights, moments,
         )  # fmt: skip
 
     def _find_or_clear(self) -> Path | None:
@@ -137,7 +142,9 @@ class Checkpointer:
         return checkpoint
 
     def _resume(self, checkpoint: Path) -> None:
-        record, tensors = load_checkpoint(checkpoint, self.model, self.optimizer)
+        record, tensors = load_checkpoint(
+            checkpoint, self.model, self.optimizer, self.parallel.load_weights, self.parallel.part
+        )
         if record["environment"]["corpus"] != self.environment["corpus"]:
             raise UserError(f"{checkpoint}: was trained on another token folder than {self.config.data.path}")
         self.state.load(record, tensors)

@@ -11,7 +11,7 @@ HARMLESS = frozenset(
     f"train.{name}"
     for name in (
         "output_dir", "resume", "overwrite", "seeds", "num_processes", "log_every_steps", "save_every_minutes",
-        "save_every_steps", "keep_last", "trackers", "eval_every_tokens", "micro_batch_size", "num_threads",
+        "save_every_steps", "keep_last", "trackers", "eval_every_tokens", "micro_batch_size", "num_threads", "sharding",
     )
 ) | {"data.path", "name", "guard.max_consecutive", "guard.max_total"}  # fmt: skip
 

@@ -28,6 +28,7 @@ from dsmoe.trainer.guard import Guard
 from dsmoe.trainer.log import RunLog
 from dsmoe.trainer.mask_phase import ThresholdController
 from dsmoe.trainer.matmul import choose_float32_matmul
+from dsmoe.trainer.parallel import strategy
 from dsmoe.trainer.signals import StopSignals
 from dsmoe.trainer.state import LoopState
 from dsmoe.trainer.statistics import RunningMean, report
@@ -54,9 +55,10 @@ class TrainingRun:
         set_seed(seed)
         self.raw_model = self._build_model()
         self.validator = Validator(config, self.corpus, accelerator, self.raw_model)
-        optimizer = build_optimizer(self.raw_model, config.optim)
-        self.raw_optimizer = optimizer
-        model, optimizer = accelerator.prepare(self.raw_model, optimizer)
+        self.parallel = strategy(accelerator, config.train.sharding)
+        model, optimizer, self.raw_optimizer = self.parallel.prepare(
+            self.raw_model, lambda model: build_optimizer(model, config.optim)
+        )
         running = None
         if config.router_loss.mi_statistics == "running":
             running = RunningMean(config.router_loss.mi_running_decay)
@@ -69,6 +71,7 @@ class TrainingRun:
             config.router_loss,
             config.optim.grad_clip,
             running,
+            self.parallel,
             self.state.guard,
         )
         self.log = RunLog(folder, accelerator)
@@ -80,7 +83,7 @@ class TrainingRun:
             "corpus": self.corpus.fingerprint,
         }
         self.checkpointer = Checkpointer(
-            config, seed, folder, accelerator, self.raw_model, self.raw_optimizer, self.state, self.log,
+            config, seed, folder, accelerator, self.raw_model, self.raw_optimizer, self.parallel, self.state, self.log,
             self.environment, self.corpus.tokenizer_dir, signals,
         )  # fmt: skip
 
@@ -246,8 +249,15 @@ class TrainingRun:
             "config": dataclasses.asdict(self.config),
             "environment": self.environment,
         }
+        weights = self.parallel.weights(self.raw_model)
         if self.accelerator.is_main_process:
-            save_pretrained(self.raw_model, self.folder / "final", self.corpus.tokenizer_dir, overwrite=True)
+            save_pretrained(
+                self.raw_model,
+                self.folder / "final",
+                self.corpus.tokenizer_dir,
+                overwrite=True,
+                weights=weights,
+            )
             write_json(self.folder / "summary.json", summary)
         self.accelerator.wait_for_everyone()
         self.accelerator.print(json.dumps({"final": str(self.folder / "final"), **found}))

@@ -2,7 +2,6 @@
 
 import dataclasses
 import math
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,6 +13,7 @@ from dsmoe.config.run import GuardSettings, RouterLossSettings
 from dsmoe.losses import RouterStatistics, router_losses
 from dsmoe.model import model_inputs
 from dsmoe.trainer.guard import Guard
+from dsmoe.trainer.parallel import Replicated
 from dsmoe.trainer.statistics import RunningMean, Statistics, add, batch_statistics, part_logits, reduce
 
 Batch = dict[str, Tensor]
@@ -47,6 +47,7 @@ class Stepper:
         settings: coefficients of the router losses.
         grad_clip: largest norm of the gradient; 0: none.
         running: the running p(e), where that is asked for.
+        parallel: how the processes share the model.
         guard: decides whether a gradient is applied.
     """
 
@@ -56,6 +57,7 @@ class Stepper:
     settings: RouterLossSettings
     grad_clip: float
     running: RunningMean | None
+    parallel: Replicated
     guard: Guard = field(default_factory=lambda: Guard(GuardSettings()))
 
     def step(self, micro_batches: list[Batch], mi_factor: float) -> StepResult:
@@ -81,13 +83,13 @@ class Stepper:
         lm_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
         for index, batch in enumerate(micro_batches):
             last = index == len(micro_batches) - 1
-            with accelerator.no_sync(self.model) if not last else nullcontext():
+            with self.parallel.synchronised(self.model, last):
                 lm_loss, statistics = self._micro_step(batch, num_labels, num_tokens, mi_factor, known)
             lm_sum += lm_loss
             seen = add(seen, statistics)
-        norm = accelerator.clip_grad_norm_(self.model.parameters(), self.grad_clip or math.inf)
+        norm = self.parallel.clip(self.model, self.grad_clip or math.inf)
         # every process judges the same two numbers: the loss is a sum over processes, the norm the same in all
-        judged = torch.stack([lm_sum, torch.as_tensor(norm).to(lm_sum) / accelerator.num_processes])
+        judged = torch.stack([lm_sum, norm.to(lm_sum) / accelerator.num_processes])
         lm_loss, grad_norm = accelerator.reduce(judged, reduction="sum").tolist()
         skipped = self.guard.judge(lm_loss, grad_norm)
         if skipped is None:
@@ -108,12 +110,12 @@ class Stepper:
 
     @torch.no_grad()
     def _gather(self, micro_batches: list[Batch]) -> Statistics:
-        """The statistics of all micro-batches and processes, by a forward without gradients (and without logits)."""
+        """The statistics of all micro-batches and processes, by a forward without gradients and with few logits."""
         model = self.accelerator.unwrap_model(self.model)
         total: Statistics | None = None
         for batch in micro_batches:
             with self.accelerator.autocast():
-                outputs = model.model(**model_inputs(batch), use_cache=False)
+                outputs = model(**model_inputs(batch), use_cache=False, logits_to_keep=1)
             total = add(total, batch_statistics(model.config, outputs, batch.get("attention_mask")))
         return reduce(self.accelerator, total or {})
 

@@ -1,6 +1,6 @@
 """Validation during training: all experts, and at the evaluation policy with the experts that it keeps."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -20,7 +20,7 @@ from dsmoe.trainer.mask_phase import ThresholdController
 
 @torch.no_grad()
 def mean_loss(
-    accelerator: Accelerator, model: Any, batches: Iterable[dict[str, Tensor]], policy: Policy | None = None
+    accelerator: Accelerator, model: Any, batches: Sequence[dict[str, Tensor]], policy: Policy | None = None
 ) -> tuple[float, list[float]]:
     """Language-modelling loss in nats per token; the batches are split over processes.
 
@@ -30,21 +30,24 @@ def mean_loss(
     model.eval()
     layers = model.config.num_hidden_layers if policy is not None else 0
     sums = torch.zeros(3 + layers, dtype=torch.float64, device=accelerator.device)
-    for index, batch in enumerate(batches):
-        if index % accelerator.num_processes != accelerator.process_index:
-            continue
-        batch = {key: value.to(accelerator.device) for key, value in batch.items()}
+    # every process runs as many forwards as the others (shards are gathered in each); surplus ones don't count
+    for first in range(0, len(batches), accelerator.num_processes):
+        index = first + accelerator.process_index
+        counts = float(index < len(batches))
+        batch = {
+            key: value.to(accelerator.device) for key, value in batches[min(index, len(batches) - 1)].items()
+        }
         labels = batch["shift_labels"]
         with accelerator.autocast():
             output = model(**model_inputs(batch), use_cache=False)
         losses = functional.cross_entropy(
             output.logits.float().flatten(0, 1), labels.flatten(), reduction="sum"
         )
-        sums[:2] += torch.stack([losses.double(), (labels != -100).sum().double()])
+        sums[:2] += counts * torch.stack([losses.double(), (labels != -100).sum().double()])
         if policy is not None:
             mask = batch["attention_mask"].flatten().bool()
-            sums[2] += mask.sum()
-            sums[3:] += kept_experts(output.router_logits, mask, policy)
+            sums[2] += counts * mask.sum()
+            sums[3:] += counts * kept_experts(output.router_logits, mask, policy)
     model.train()
     sums = accelerator.reduce(sums, reduction="sum")
     active = (sums[3:] / sums[2].clamp(min=1)).tolist()
@@ -133,6 +136,6 @@ class Validator:
             return None
         batch = {key: value[:4].to(self.accelerator.device) for key, value in self.batches[0].items()}
         with self.accelerator.autocast():
-            logits = self.model.model(**model_inputs(batch), use_cache=False).router_logits
+            logits = self.model(**model_inputs(batch), use_cache=False, logits_to_keep=1).router_logits
         mask = batch["attention_mask"].flatten().bool()
         return (kept_experts(logits, mask, policy) / mask.sum()).tolist()
