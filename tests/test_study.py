@@ -98,6 +98,20 @@ def test_run_fail_mend_and_tabulate(study, tmp_path, capsys):
     assert "dense-small-1k" in (output / "table.md").read_text()
 
 
+def test_a_record_says_what_is_missing(study, tmp_path):
+    study.write_text(yaml.safe_dump({**STUDY, "title": "Toys", "conclusion": "Nothing\n follows."}))
+    options = [str(study), "--output", str(tmp_path / "runs"), "--record", str(tmp_path / "record")]
+    assert main([*options, "--only", "dsmoe-*"]) == 0
+    text = (tmp_path / "record" / "README.md").read_text()
+    assert text.startswith("# Toys")
+    assert "PARTIAL: 8 of 10 runs are missing. Nothing follows." in text
+    record = json.loads((tmp_path / "record" / "record.json").read_text())
+    assert len(record["missing"]) == 8
+    (tmp_path / "runs" / "mended").touch()
+    assert main(options) == 0
+    assert "PARTIAL" not in (tmp_path / "record" / "README.md").read_text()
+
+
 def test_a_finished_run_of_other_settings_is_not_taken(study, tmp_path, capsys):
     output = tmp_path / "runs"
     assert main([str(study), "--output", str(output), "--only", "dsmoe-*"]) == 0

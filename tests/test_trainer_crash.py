@@ -99,6 +99,15 @@ def test_damage(watched, seed):
         assert counts(watched) == [0, 0, 0]
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_a_folder_that_nothing_names_is_not_removed(watched, seed):
+    """Killed before the pointer moved: no warning could be asked for."""
+    pointer = watched.folder / "checkpoints" / "latest.json"
+    pointer.write_text(json.dumps({"checkpoint": "step-00000004"}))
+    assert watched.damage(random.Random(seed))
+    assert (watched.folder / "checkpoints" / "step-00000006").is_dir()
+
+
 def test_the_last_intact_one_is_spared(watched):
     draws = random.Random(0)
     assert watched.damage(draws) and watched.damage(draws)

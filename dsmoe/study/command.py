@@ -4,19 +4,21 @@ import argparse
 import fnmatch
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import write_json, write_text
+from dsmoe.records import write_record
 from dsmoe.study.launcher import launch
-from dsmoe.study.spec import read_study
+from dsmoe.study.spec import Study, read_study
 from dsmoe.study.tabulate import collect, table
 
 EPILOG = """examples:
   python train/study.py configs/scaling/sweep.yaml --output runs/scaling --workers 2 --threads 1
   python train/study.py configs/scaling/sweep.yaml --output runs/scaling --only 'dsmoe-*' --minutes 60
-  python train/study.py configs/scaling/sweep.yaml --output runs/scaling --table-only
+  python train/study.py configs/scaling/sweep.yaml --output runs/scaling --table-only --record eval/records/scaling-sweep
 
 Run it again after an interruption: finished runs are kept, the others go on from their last checkpoint. The output folder
 gets a folder per run, results.json and table.md.
@@ -41,6 +43,8 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--set", action="append", default=[], metavar="NAME=VALUE", help="a setting for every run, "
                         "for example data.path=data/mine (repeatable)")  # fmt: skip
+    parser.add_argument("--record", type=Path, metavar="DIR", help="also write what is finished as a record, for example "
+                        "eval/records/scaling-sweep")  # fmt: skip
     parser.add_argument("--list", action="store_true", help="print the runs' names and stop")
     parser.add_argument("--table-only", action="store_true", help="run nothing; tabulate what is finished")
     return parser
@@ -82,7 +86,24 @@ def _run(args: argparse.Namespace) -> None:
     if results["runs"]:
         write_text(args.output / "table.md", table(results) + "\n")
         print(table(results))
+        if args.record:
+            _write_record(args, study, results)
     print(json.dumps({"finished": len(results["runs"]), "missing": len(results["missing"])}), file=sys.stderr)
     if failed:
         name, words = next(iter(failed.items()))
         raise UserError(f"{len(failed)} run(s) failed, the first {args.output / name}: {words}")
+
+
+def _write_record(args: argparse.Namespace, study: Study, results: Mapping[str, Any]) -> None:
+    """The record of what is finished; it says so where something is missing."""
+    missing = len(results["missing"])
+    partial = f"PARTIAL: {missing} of {len(study.runs)} runs are missing. " if missing else ""
+    write_record(
+        args.record,
+        title=study.title,
+        command=f"python train/study.py {args.study} --output {args.output} --record {args.record}",
+        conclusion=f"{partial}{study.conclusion}\n\n{table(results)}",
+        files=[args.output / "results.json"],
+        details={"data": results["environment"].get("corpus"), "missing": results["missing"]},
+        overwrite=True,
+    )

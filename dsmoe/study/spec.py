@@ -2,6 +2,8 @@
 
 ```yaml
 name: scaling
+title: What was measured, in a line      # for the record
+conclusion: What it showed               # for the record, written afterwards
 config: configs/scaling/base.yaml        # a recipe of train/pretrain.py, relative to this file or the present folder
 settings: {data.path: data/scaling}      # settings of every run, by their dotted names
 groups:
@@ -31,7 +33,7 @@ import yaml
 
 from dsmoe.errors import UserError
 
-KEYS = {"name", "config", "settings", "groups", "pairs"}
+KEYS = {"name", "title", "conclusion", "config", "settings", "groups", "pairs"}
 GROUP_KEYS = {"settings", "grid", "seeds"}
 
 
@@ -68,12 +70,16 @@ class Study:
         config: the base recipe; None: defaults.
         runs: in the order in which they are run.
         pairs: (first, second) groups, or points, to compare.
+        title: of its record.
+        conclusion: of its record.
     """
 
     name: str
     config: Path | None
     runs: list[StudyRun]
     pairs: list[tuple[str, str]] = field(default_factory=list)
+    title: str = ""
+    conclusion: str = ""
 
 
 def read_study(path: str | Path) -> Study:
@@ -106,6 +112,8 @@ def read_study(path: str | Path) -> Study:
         config=_recipe(study.get("config"), path),
         runs=runs,
         pairs=_pairs(study.get("pairs"), runs, path),
+        title=str(study.get("title", path.stem)),
+        conclusion=" ".join(str(study.get("conclusion", "")).split()),
     )
 
 

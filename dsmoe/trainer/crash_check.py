@@ -8,6 +8,7 @@ from pathlib import Path
 from random import Random
 from typing import Any
 
+from dsmoe.checkpoint.newest import pointed_to
 from dsmoe.trainer.crash_child import digests
 
 
@@ -90,6 +91,8 @@ class WatchedRun:
         if len(intact) < 2:
             return None
         target, way = intact[-1], random.choice(("truncated", "flipped", "missing", "folder"))
+        if way == "folder" and pointed_to(self.folder) != target.name:
+            way = "missing"  # killed before the pointer moved: of the whole folder nothing would be left to tell of
         files = sorted(target.iterdir())
         if way == "flipped":
             # a bit in the white space of the manifest would do no harm

@@ -8,6 +8,7 @@ import os
 import signal
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
@@ -64,12 +65,14 @@ class CrashTest:
         random: draws moments and damage.
         faults: what went wrong.
         counts: kills by kind, those that left a half-written checkpoint, checkpoints damaged and runs finished.
+        told: faults that were printed.
     """
 
     home: Path
     random: Random
     faults: Faults = field(default_factory=Faults)
     counts: dict[str, int] = field(default_factory=lambda: dict.fromkeys(COUNTED, 0))
+    told: set[str] = field(default_factory=set)
 
     def prepare(self) -> None:
         """Make a text, and run each arm once without disturbing it."""
@@ -84,6 +87,12 @@ class CrashTest:
             ):
                 with contextlib.suppress(Exception):
                     importlib.import_module(name)
+
+    def _tell(self, kill: Kill) -> None:
+        """Print new faults at once: a long test may itself be broken off."""
+        for text in [text for found in vars(self.faults).values() for text in found if text not in self.told]:
+            self.told.add(text)
+            tqdm.write(f"after {kill}: {text}", file=sys.stderr)
 
     def kill(self, number: int) -> None:
         """Kill training `number` times, and let the last run come to its end."""
@@ -109,6 +118,7 @@ class CrashTest:
                     self.faults.corrupt.append(
                         f"{run.folder}: going on ended with status {status} ({output})"
                     )
+                self._tell(kill)
                 bar.set_postfix({name: len(found) for name, found in vars(self.faults).items()})
                 # one fault is counted once: what follows from it is not
                 if status == 0 or self.faults.count() > seen:
@@ -232,6 +242,8 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     os.environ.setdefault("DSMOE_KERNEL", "eager")
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     tqdm.monitor_interval = 0  # its thread would be forked
+    # the usual lock is shared with forked processes: one that is killed while it holds it would stop this one for good
+    tqdm.set_lock(threading.RLock())
     with contextlib.ExitStack() as held:
         home = args.keep or held.enter_context(tempfile.TemporaryDirectory(prefix="crash-test-"))
         Path(home).mkdir(parents=True, exist_ok=True)
