@@ -5,8 +5,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dsmoe.cli import run_reporting_errors
-from dsmoe.files import sha256, write_json
+from dsmoe.errors import UserError, run_reporting_errors
+from dsmoe.files import sha256, write_json, write_text
 from dsmoe.planner.fit.plots import residual_plot
 from dsmoe.planner.fit.routed import ROUTERS, coefficient_table, fit_router, summary_table
 from dsmoe.records import write_record
@@ -16,7 +16,7 @@ SOURCE = (
     "github.com/google-deepmind/scaling_laws_for_routing, data/curves.csv.gz, CC BY 4.0 (arXiv 2202.01169)"
 )
 EXAMPLES = """examples:
-  python eval/fit_routed.py --data routed_lm_curves.csv.gz
+  python eval/fit_routed.py --data routed_lm_curves.csv.gz --overwrite
   python eval/fit_routed.py --data curves.csv.gz --output my-record --conclusion conclusion.md
 """
 
@@ -35,13 +35,18 @@ def run(args: argparse.Namespace) -> None:
         write_json(folder / "results.json", results)
         tables = f"{summary_table(results)}\n\n{coefficient_table(results)}"
         print(tables)
-        conclusion = args.conclusion.read_text(encoding="utf-8").strip() if args.conclusion else ""
+        # the text was written by hand, so it is a file of the record and goes into the next one
+        conclusion = folder / "conclusion.md"
+        kept = args.conclusion or args.output / conclusion.name
+        if args.conclusion and not kept.is_file():
+            raise UserError(f"--conclusion {kept}: no such file")
+        write_text(conclusion, kept.read_text(encoding="utf-8") if kept.is_file() else "")
         write_record(
             args.output,
             title="Joint scaling laws of routed language models, fitted without the largest ones",
-            command="python eval/fit_routed.py --data routed_lm_curves.csv.gz",
-            conclusion=f"{conclusion}\n\n{tables}".strip(),
-            files=[folder / "results.json", *plots],
+            command="python eval/fit_routed.py --data routed_lm_curves.csv.gz --overwrite",
+            conclusion=f"{conclusion.read_text(encoding='utf-8').strip()}\n\n{tables}".strip(),
+            files=[folder / "results.json", conclusion, *plots],
             details={"data": {"source": SOURCE, "sha256": sha256(args.data)}, "bootstrap": args.bootstrap},
             overwrite=args.overwrite,
         )
@@ -62,7 +67,10 @@ def main() -> int:
         "--output", type=Path, default=RECORD, metavar="FOLDER", help="the record (default: in eval/records)"
     )
     parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
-    parser.add_argument("--conclusion", type=Path, metavar="MD", help="text to put above the tables")
+    parser.add_argument(
+        "--conclusion", type=Path, metavar="MD",
+        help="text to put above the tables (default: the conclusion.md of the record that is replaced)",
+    )  # fmt: skip
     parser.add_argument(
         "--bootstrap", type=int, default=200, metavar="B", help="refits (default: %(default)s)"
     )

@@ -1,7 +1,11 @@
 """Studies: reading, running with a stand-in trainer, resuming, tabulating."""
 
 import json
+import os
+import signal
 import sys
+import threading
+import time
 
 import pytest
 import yaml
@@ -117,6 +121,38 @@ def test_a_finished_run_of_other_settings_is_not_taken(study, tmp_path, capsys):
     assert main([str(study), "--output", str(output), "--only", "dsmoe-*"]) == 0
     assert main([str(study), "--output", str(output), "--only", "dsmoe-*", "--set", "optim.eps=1e-6"]) == 2
     assert "other settings" in capsys.readouterr().err
+
+
+def test_a_changed_recipe_is_not_taken(study, tmp_path, capsys):
+    study.write_text(yaml.safe_dump({**STUDY, "config": "recipe.yaml"}))
+    (tmp_path / "recipe.yaml").write_text("optim: {learning_rate: 0.001}")
+    options = [str(study), "--output", str(tmp_path / "runs"), "--only", "dsmoe-*"]
+    assert main(options) == 0
+    assert main(options) == 0
+    (tmp_path / "recipe.yaml").write_text("optim: {learning_rate: 0.002}")
+    assert main(options) == 2
+    assert "other settings" in capsys.readouterr().err
+
+
+def test_sigterm_stops_the_workers(study, tmp_path, monkeypatch):
+    sleeper = "import os, time; open(os.environ['PID_FILE'], 'w').write(str(os.getpid())); time.sleep(60)"
+    monkeypatch.setattr(launcher, "TRAINER", ["-c", sleeper])
+    monkeypatch.setenv("PID_FILE", str(tmp_path / "pid"))
+    found = read_study(study)
+    before = signal.getsignal(signal.SIGTERM)
+
+    def kill_when_begun():
+        while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():
+            time.sleep(0.05)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    threading.Thread(target=kill_when_begun, daemon=True).start()
+    with pytest.raises(SystemExit) as stop:
+        launcher.launch(found, found.runs[:2], tmp_path / "runs")
+    assert stop.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    with pytest.raises(ProcessLookupError):
+        os.kill(int((tmp_path / "pid").read_text()), 0)
 
 
 def test_a_deadline_leaves_the_rest(study, tmp_path, monkeypatch):

@@ -1,4 +1,4 @@
-"""Accelerators by name: memory and peak arithmetic."""
+"""Accelerators by name: nominal memory and peak arithmetic (figures not checked against the documents named)."""
 
 import difflib
 import re
@@ -17,7 +17,7 @@ class Accelerator:
         name: as users write it.
         memory_bytes: nominal memory of one, in decimal gigabytes as it is sold.
         peak_flops: dense bfloat16 FLOP/s of one with 32-bit accumulation, no sparsity.
-        source: where both numbers are printed.
+        source: the document that prints them.
     """
 
     name: str

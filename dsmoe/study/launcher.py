@@ -5,11 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import yaml
 from tqdm import tqdm
 
 from dsmoe.errors import UserError
@@ -32,20 +35,23 @@ def arguments(study: Study, run: StudyRun, output: Path, threads: int) -> list[s
     return found
 
 
-def is_finished(run: StudyRun, output: Path) -> bool:
-    """Whether the run's summary is there, of the same settings.
+def identity(study: Study, run: StudyRun) -> dict[str, Any]:
+    """What a run's result depends on: its settings and the recipe under them."""
+    recipe = yaml.safe_load(study.config.read_text(encoding="utf-8")) if study.config else None
+    return {"study": study.name, "settings": run.settings, "recipe": recipe}
+
+
+def is_finished(study: Study, run: StudyRun, output: Path) -> bool:
+    """Whether the run's summary is there.
 
     Raises:
-        UserError: the folder holds a finished run of other settings.
+        UserError: the folder holds a run, finished or not, of other settings or of another recipe.
     """
     folder = output / run.name
-    if not (folder / "summary.json").exists():
-        return False
-    if (folder / "study.json").exists() and read_json(folder / "study.json")["settings"] != run.settings:
-        raise UserError(
-            f"{folder}: holds a finished run of other settings; remove it, or name another --output"
-        )
-    return True
+    begun = folder / "study.json"
+    if begun.exists() and read_json(begun) != identity(study, run):
+        raise UserError(f"{folder}: holds a run of other settings; remove it, or name another --output")
+    return (folder / "summary.json").exists()
 
 
 class Worker:
@@ -54,7 +60,7 @@ class Worker:
     def __init__(self, study: Study, run: StudyRun, output: Path, threads: int) -> None:
         self.run, self.folder = run, output / run.name
         self.folder.mkdir(parents=True, exist_ok=True)
-        write_json(self.folder / "study.json", {"study": study.name, "settings": run.settings})
+        write_json(self.folder / "study.json", identity(study, run))
         self.log: IO[bytes] = (self.folder / "output.log").open("ab")
         environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
         command = [sys.executable, *TRAINER, *arguments(study, run, output, threads)]
@@ -76,6 +82,23 @@ class Worker:
             (self.folder / "output.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         )
         return lines[-1].split("\r")[-1] if lines else "no output"
+
+
+@contextmanager
+def _exit_on_sigterm() -> Iterator[None]:
+    """Let SIGTERM unwind the stack as Ctrl-C does: otherwise the workers would go on without their launcher."""
+
+    def leave(number: int, frame: Any) -> None:
+        raise SystemExit(128 + number)
+
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    before = signal.signal(signal.SIGTERM, leave)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def launch(
@@ -100,32 +123,33 @@ def launch(
     Returns:
         {"finished": names, "failed": {name: last line}, "left": names}.
     """
-    left = [run for run in runs if not is_finished(run, output)]
+    left = [run for run in runs if not is_finished(study, run, output)]
     finished = [run.name for run in runs if run not in left]
     failed: dict[str, str] = {}
     deadline = time.monotonic() + minutes * 60 if minutes else float("inf")
     bar = tqdm(total=len(runs), initial=len(finished), unit="run", desc=study.name, dynamic_ncols=True)
     active: list[Worker] = []
-    try:
-        while (left or active) and time.monotonic() < deadline:
-            while left and len(active) < workers:
-                active.append(Worker(study, left.pop(0), output, threads))
-            bar.set_postfix_str(", ".join(worker.run.name for worker in active)[:60])
-            time.sleep(0.2)
-            for worker in [worker for worker in active if worker.process.poll() is not None]:
-                active.remove(worker)
+    with _exit_on_sigterm():
+        try:
+            while (left or active) and time.monotonic() < deadline:
+                while left and len(active) < workers:
+                    active.append(Worker(study, left.pop(0), output, threads))
+                bar.set_postfix_str(", ".join(worker.run.name for worker in active)[:60])
+                time.sleep(0.2)
+                for worker in [worker for worker in active if worker.process.poll() is not None]:
+                    active.remove(worker)
+                    worker.wait()
+                    if is_finished(study, worker.run, output):
+                        finished.append(worker.run.name)
+                    else:
+                        failed[worker.run.name] = worker.last_words()
+                        tqdm.write(f"failed: {worker.run.name}: {failed[worker.run.name]}", file=sys.stderr)
+                    bar.update()
+        finally:
+            for worker in active:
+                worker.stop()
+            for worker in active:
                 worker.wait()
-                if is_finished(worker.run, output):
-                    finished.append(worker.run.name)
-                else:
-                    failed[worker.run.name] = worker.last_words()
-                    tqdm.write(f"failed: {worker.run.name}: {failed[worker.run.name]}", file=sys.stderr)
-                bar.update()
-    finally:
-        for worker in active:
-            worker.stop()
-        for worker in active:
-            worker.wait()
-        bar.close()
+            bar.close()
     unfinished = [worker.run.name for worker in active] + [run.name for run in left]
     return {"finished": finished, "failed": failed, "left": unfinished}
