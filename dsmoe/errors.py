@@ -1,5 +1,6 @@
 """The one exception for bad input: a single clear line for the user, exit status 2, no traceback."""
 
+import os
 import sys
 from collections.abc import Callable
 from typing import Any
@@ -14,12 +15,17 @@ class UserError(ValueError):
 
 
 def run_reporting_errors(function: Callable[[], Any]) -> int:
-    """Call `function()`; turn a UserError into one line on stderr and status 2, Ctrl-C into status 130."""
+    """Call `function()`; turn a UserError into one line on stderr and status 2, Ctrl-C into 130, a closed pipe into 141."""
     try:
         function()
+        sys.stdout.flush()
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # the reader of a pipe (`| head`) has seen enough; the interpreter's own flush at exit must not fail again
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -5,11 +5,11 @@ import sys
 import tempfile
 from pathlib import Path
 
-from dsmoe.errors import UserError, run_reporting_errors
-from dsmoe.files import sha256, write_json, write_text
+from dsmoe.errors import run_reporting_errors
+from dsmoe.files import sha256, write_json
 from dsmoe.planner.fit.plots import residual_plot
 from dsmoe.planner.fit.routed import ROUTERS, coefficient_table, fit_router, summary_table
-from dsmoe.records import write_record
+from dsmoe.records import conclusion_for, write_record
 
 RECORD = Path(__file__).resolve().parent / "records" / "scaling-routed"
 SOURCE = (
@@ -35,12 +35,7 @@ def run(args: argparse.Namespace) -> None:
         write_json(folder / "results.json", results)
         tables = f"{summary_table(results)}\n\n{coefficient_table(results)}"
         print(tables)
-        # the text was written by hand, so it is a file of the record and goes into the next one
-        conclusion = folder / "conclusion.md"
-        kept = args.conclusion or args.output / conclusion.name
-        if args.conclusion and not kept.is_file():
-            raise UserError(f"--conclusion {kept}: no such file")
-        write_text(conclusion, kept.read_text(encoding="utf-8") if kept.is_file() else "")
+        conclusion = conclusion_for(args.output, args.conclusion, folder)
         write_record(
             args.output,
             title="Joint scaling laws of routed language models, fitted without the largest ones",

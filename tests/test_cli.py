@@ -55,3 +55,15 @@ def test_names_of_the_package():
     assert dsmoe.DSMoEConfig.model_type == "dsmoe"
     with pytest.raises(AttributeError, match="nonsense"):
         dsmoe.nonsense  # noqa: B018
+
+
+def test_a_closed_pipe_is_no_error():
+    """As in `dsmoe plan ... | head -1`: no traceback, whatever the reader left unread."""
+    program = (
+        "import sys; from dsmoe.errors import run_reporting_errors\n"
+        "sys.exit(run_reporting_errors(lambda: print('x' * 10**6)))"
+    )
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen([sys.executable, "-c", program], **pipes) as process:
+        process.stdout.close()
+        assert process.stderr.read() == b"" and process.wait() == 141

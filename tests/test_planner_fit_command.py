@@ -15,7 +15,7 @@ from test_planner_fit_solver import sweep
 from dsmoe.accounting import count_parameters, total_parameters
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.planner.fit import command
-from dsmoe.planner.fit.folders import read_folder
+from dsmoe.planner.fit.folders import read_folder, read_study
 from dsmoe.planner.fit.tables import read_table
 
 HEADER = ("kind", "num_experts", "num_params_active", "num_params_total", "tokens", "loss", "name", "seed")
@@ -180,6 +180,22 @@ def test_run_folders_of_the_trainer(tmp_path):
     assert any("E = 2" in note for note in notes)
     assert fourth.num_params_active == count_parameters(newer, {"mlp": [1.0, 3.0]}).active
     assert third.num_params_active == third.num_params_total
+
+
+def test_the_results_of_a_study_give_the_runs_of_its_folders(tmp_path):
+    write_run(tmp_path / "runs" / "dsmoe", {}, validation_loss_sparse=4.1, active_experts_sparse=[1.5, 2.5])
+    write_run(tmp_path / "runs" / "dense", {"kind": "dense", "num_experts": 1})
+    rows = []
+    for name in ("dense", "dsmoe"):
+        summary = json.loads((tmp_path / "runs" / name / "summary.json").read_text())
+        rows.append({**summary, "model": summary.pop("config")["model"]})
+        del rows[-1]["config"]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"name": "study", "runs": rows}))
+    assert read_study(path) == read_folder(tmp_path / "runs")
+    path.write_text(json.dumps({"rows": []}))
+    with pytest.raises(UserError, match="no entry 'runs'"):
+        read_study(path)
 
 
 @pytest.mark.parametrize(

@@ -1,5 +1,7 @@
 """Identification, bootstrap intervals and decisions."""
 
+import dataclasses
+
 import numpy as np
 import pytest
 from scipy import optimize
@@ -201,3 +203,12 @@ def test_too_few_runs_are_refused():
         fit_law(sweep(), Settings(law="chinchilla"))
     with pytest.raises(UserError, match="all runs are DS-MoEs"):
         fit_law([Run("dsmoe", 4, n / 2, n, d, 3.0) for n in (1e7, 1e8, 1e9) for d in (1e9, 1e10, 1e11)])
+
+
+def test_a_coefficient_whose_interval_holds_zero_is_not_identified():
+    fit = fit_law(sweep(0.006, 0, 4, 4, experts=(1,)), Settings(draws=0, hold_out=0.0))
+    assert fit.identified("alpha")
+    around_zero, away = np.linspace(-0.2, 0.1, 50), np.linspace(-0.2, -0.1, 50)
+    assert not dataclasses.replace(fit, draws={"alpha": around_zero}).identified("alpha")
+    assert dataclasses.replace(fit, draws={"alpha": away}).identified("alpha")
+    assert not fit.identified("a coefficient that this form doesn't have")

@@ -1,5 +1,5 @@
 """Records: what was measured, with all that is needed to measure it again."""
 
-from dsmoe.records.record import write_record
+from dsmoe.records.record import conclusion_for, write_record
 
-__all__ = ["write_record"]
+__all__ = ["conclusion_for", "write_record"]

@@ -10,6 +10,27 @@ from dsmoe.errors import UserError
 from dsmoe.files import new_folder, sha256, write_json, write_text
 
 
+CONCLUSION = "conclusion.md"
+
+
+def conclusion_for(record: str | Path, given: Path | None, folder: Path) -> Path:
+    """A conclusion written by hand, as a file of the record: the one given, or that of the record which is replaced.
+
+    Args:
+        record: the record to be written.
+        given: a text file, or None.
+        folder: where to put `conclusion.md`, for `write_record` to copy.
+
+    Raises:
+        UserError: the file given is not there.
+    """
+    kept = given or Path(record) / CONCLUSION
+    if given and not kept.is_file():
+        raise UserError(f"--conclusion {kept}: no such file")
+    write_text(folder / CONCLUSION, kept.read_text(encoding="utf-8") if kept.is_file() else "")
+    return folder / CONCLUSION
+
+
 def write_record(
     folder: str | Path,
     *,

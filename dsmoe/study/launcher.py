@@ -128,13 +128,17 @@ def launch(
     failed: dict[str, str] = {}
     deadline = time.monotonic() + minutes * 60 if minutes else float("inf")
     bar = tqdm(total=len(runs), initial=len(finished), unit="run", desc=study.name, dynamic_ncols=True)
+    shown = ""
     active: list[Worker] = []
     with _exit_on_sigterm():
         try:
             while (left or active) and time.monotonic() < deadline:
                 while left and len(active) < workers:
                     active.append(Worker(study, left.pop(0), output, threads))
-                bar.set_postfix_str(", ".join(worker.run.name for worker in active)[:60])
+                names = ", ".join(worker.run.name for worker in active)[:60]
+                if names != shown:  # each refresh is a line in a log file
+                    shown = names
+                    bar.set_postfix_str(names)
                 time.sleep(0.2)
                 for worker in [worker for worker in active if worker.process.poll() is not None]:
                     active.remove(worker)

@@ -11,7 +11,7 @@ from dsmoe.errors import UserError
 from dsmoe.files import write_json
 from dsmoe.planner.fit.bootstrap import METHODS
 from dsmoe.planner.fit.fitting import HOLD_OUT_BY, WEIGHTINGS, Settings, fit_law
-from dsmoe.planner.fit.folders import read_folder
+from dsmoe.planner.fit.folders import read_folder, read_study
 from dsmoe.planner.fit.report import as_json, human_report
 from dsmoe.planner.fit.runs import Run
 from dsmoe.planner.fit.structure import DSMOE_FORMS
@@ -20,6 +20,7 @@ from dsmoe.planner.fit.tables import FIELDS, read_table
 EPILOG = """examples:
   dsmoe fit runs/sweep                                    all finished runs in a folder, at any depth
   dsmoe fit runs/* --output law.json --plot residuals.png
+  dsmoe fit eval/records/scaling-sweep/results.json       the runs of a study
   dsmoe plan --flops 1e19 --law law.json                  plan with it
   dsmoe fit runs.csv --json -                             columns kind, num_experts, num_params_active,
                                                           num_params_total, tokens, loss (name and seed if there)
@@ -41,7 +42,10 @@ def add_parser(subparsers: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument(
-        "sources", nargs="+", type=Path, help="CSV files (also .gz) and folders of finished runs"
+        "sources",
+        nargs="+",
+        type=Path,
+        help="folders of finished runs, results.json of studies, and CSV files (also .gz)",
     )
     table = parser.add_argument_group("reading CSV files")
     table.add_argument(
@@ -108,10 +112,14 @@ def read_sources(
     for source in sources:
         if source.is_dir():
             found, said = read_folder(source)
+        elif source.suffix == ".json" and source.exists():
+            found, said = read_study(source)
         elif source.exists():
             found, said = read_table(source, fields, rows, last_of, skip_empty)
         else:
-            raise UserError(f"{source}: no such file or folder; give CSV files or folders of finished runs")
+            raise UserError(
+                f"{source}: no such file or folder; give folders of finished runs, results.json of studies or CSV files"
+            )
         runs.extend(found)
         notes.extend(note for note in said if note not in notes)
     return runs, notes

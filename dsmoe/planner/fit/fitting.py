@@ -6,7 +6,7 @@ from dataclasses import dataclass, field, replace
 import numpy as np
 
 from dsmoe.errors import UserError
-from dsmoe.planner.fit.bootstrap import METHODS, bootstrap
+from dsmoe.planner.fit.bootstrap import METHODS, bootstrap, interval
 from dsmoe.planner.fit.coefficients import coefficients, joint_law
 from dsmoe.planner.fit.forms import INDEX, WALL, Array, Design, make_design, predict
 from dsmoe.planner.fit.identification import Profile, profiles
@@ -105,6 +105,14 @@ class LawFit:
     def law(self) -> JointLaw:
         """The fitted law as the planner takes it."""
         return joint_law(self.values)
+
+    def identified(self, name: str) -> bool:
+        """Whether the data determine a free coefficient: by its profile, and its bootstrap interval excludes zero."""
+        profile = self.profiles.get(name)
+        if profile is None or not profile.identified:
+            return False
+        between = interval(self.draws[name]) if name in self.draws else None
+        return between is None or between[0] * between[1] > 0
 
     def predict(self, runs: Sequence[Run]) -> Array:
         """Losses in nats per token of these runs."""
@@ -238,12 +246,13 @@ def _with_hold_out(fit: LawFit, settings: Settings) -> LawFit:
 
 
 def _identification_notes(fit: LawFit) -> list[str]:
-    loose = [name for name, profile in fit.profiles.items() if not profile.identified]
+    loose = [name for name in fit.profiles if not fit.identified(name)]
     if not loose:
         return []
     said = [
         f"not identified: {', '.join(loose)}: doubled, or halved or set to zero, and the others fitted again, the fit "
-        "gets worse by less than the noise or by under 0.0005 nats; read predictions in range, not these values"
+        "gets worse by less than the noise or by under 0.0005 nats, or the 90% interval holds 0; read predictions in range, "
+        "not these values"
     ]
     if "e_max" in loose:
         said.append("the interval of e_max is where the optimiser stays, not what the data say")

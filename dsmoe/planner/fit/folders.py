@@ -1,4 +1,4 @@
-"""Runs from the trainer's run folders, counted from their configs."""
+"""Runs from the trainer's run folders, or from the results of a study of them, counted from their configs."""
 
 import json
 import math
@@ -35,24 +35,46 @@ def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
         )
     runs, notes = [], set()
     for path in paths:
-        run, assumed = _read_run(path)
+        run, assumed = _run_of(read_json(path), path, path.with_name(LOG))
         runs.append(run)
         notes.update(assumed)
     return runs, sorted(notes)
 
 
-def _read_run(path: Path) -> tuple[Run, list[str]]:
-    summary = read_json(path)
+def read_study(path: Path) -> tuple[list[Run], list[str]]:
+    """Read the runs of a study's results.json (of its output folder or its record).
+
+    Returns:
+        As `read_folder`.
+
+    Raises:
+        UserError: no runs in it, or one that lacks what is needed.
+    """
+    found = read_json(path)
+    rows = found.get("runs") if isinstance(found, Mapping) else None
+    if not isinstance(rows, list) or not rows:
+        raise UserError(f"{path}: no entry 'runs'; it must be the results.json of a study (train/study.py)")
+    runs, notes = [], set()
+    for row in rows:
+        model = _entry(row, "model", path, "runs[].")
+        run, assumed = _run_of({**row, "config": {"model": model}}, path, None)
+        runs.append(run)
+        notes.update(assumed)
+    return runs, sorted(notes)
+
+
+def _run_of(summary: Any, path: Path, log: Path | None) -> tuple[Run, list[str]]:
+    """The run that a summary tells of, and notes; `path` is for messages."""
     model = SimpleNamespace(**_entry(_entry(summary, "config", path), "model", path, "config."))
     notes: list[str] = []
     try:
         kind = str(_entry(summary, "kind", path))
-        means = _mean_active(summary, path.with_name(LOG), model) if kind == "dsmoe" else None
+        means = _mean_active(summary, log, model) if kind == "dsmoe" else None
         total = total_parameters(model)
         if kind == "dsmoe" and means is None and _policy_is_dense(model):
             active = total
             notes.append(
-                f"{path.parent.name}: no mean active experts in {SUMMARY} or {LOG}, so all parameters count as active"
+                f"{summary.get('name', path.parent.name)}: no mean active experts in {SUMMARY} or {LOG}, so all parameters count as active"
             )
         else:
             active = count_parameters(model, means).active
@@ -102,10 +124,10 @@ def _policy_is_dense(model: Any) -> bool:
         return False
 
 
-def _mean_active(summary: Any, log: Path, model: Any) -> dict[str, list[float]] | None:
+def _mean_active(summary: Any, log: Path | None, model: Any) -> dict[str, list[float]] | None:
     """Mean active MLP experts per layer at the sparse policy, as accounting wants them; None if nothing says them."""
     found = summary.get("active_experts_sparse")
-    if found is None and log.is_file():
+    if found is None and log is not None and log.is_file():
         for line in log.read_text(encoding="utf-8").splitlines():
             try:
                 entry = json.loads(line)

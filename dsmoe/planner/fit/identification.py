@@ -1,8 +1,8 @@
 """What the data identify: each coefficient is moved while all others are fitted again (a profile).
 
 A coefficient is identified if doubling it, and halving it (a, b, c, e_start, e_max, eta) or setting it to zero (the
-others), makes the fit worse both beyond the noise (90%) and by something that matters in nats. Bootstrap intervals can't
-judge this: that of e_max is tight where the optimiser just stays near its start.
+others), makes the fit worse both beyond the noise (90%) and by something that matters in nats. Bootstrap intervals alone
+can't judge this: that of e_max is tight where the optimiser just stays near its start. `LawFit.identified` asks for both.
 """
 
 from dataclasses import dataclass

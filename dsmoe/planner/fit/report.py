@@ -81,7 +81,7 @@ def _coefficient(fit: LawFit, name: str, values: Any, draws: Any) -> dict[str, A
     return {
         "value": values[name],
         "interval": interval(draws[name]) if name in draws and profile is not None else None,
-        "identified": bool(profile is not None and profile.identified),
+        "identified": fit.identified(profiled),
         "fixed": profile is None,
         "profile_change_nats": None if profile is None or not np.isfinite(profile.change) else profile.change,
     }
