@@ -15,7 +15,7 @@ class UserError(ValueError):
 
 
 def run_reporting_errors(function: Callable[[], Any]) -> int:
-    """Call `function()`; turn a UserError into one line on stderr and status 2, Ctrl-C into 130, a closed pipe into 141."""
+    """Call `function()`; a UserError becomes one line on stderr and status 2, Ctrl-C 130, a closed pipe 141."""
     try:
         function()
         sys.stdout.flush()

@@ -9,7 +9,6 @@ from dsmoe.environment import describe
 from dsmoe.errors import UserError
 from dsmoe.files import new_folder, sha256, write_json, write_text
 
-
 CONCLUSION = "conclusion.md"
 
 

@@ -118,7 +118,7 @@ def read_sources(
             found, said = read_table(source, fields, rows, last_of, skip_empty)
         else:
             raise UserError(
-                f"{source}: no such file or folder; give folders of finished runs, results.json of studies or CSV files"
+                f"{source}: no such file or folder; give folders of finished runs, a study's results.json or CSV files"
             )
         runs.extend(found)
         notes.extend(note for note in said if note not in notes)

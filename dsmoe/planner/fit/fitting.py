@@ -251,8 +251,8 @@ def _identification_notes(fit: LawFit) -> list[str]:
         return []
     said = [
         f"not identified: {', '.join(loose)}: doubled, or halved or set to zero, and the others fitted again, the fit "
-        "gets worse by less than the noise or by under 0.0005 nats, or the 90% interval holds 0; read predictions in range, "
-        "not these values"
+        "gets worse by less than the noise or by under 0.0005 nats, or the 90% interval holds 0; read predictions in "
+        "range, not these values"
     ]
     if "e_max" in loose:
         said.append("the interval of e_max is where the optimiser stays, not what the data say")

@@ -73,8 +73,9 @@ def _run_of(summary: Any, path: Path, log: Path | None) -> tuple[Run, list[str]]
         total = total_parameters(model)
         if kind == "dsmoe" and means is None and _policy_is_dense(model):
             active = total
+            name = summary.get("name", path.parent.name)
             notes.append(
-                f"{summary.get('name', path.parent.name)}: no mean active experts in {SUMMARY} or {LOG}, so all parameters count as active"
+                f"{name}: no mean active experts in {SUMMARY} or {LOG}, so all parameters count as active"
             )
         else:
             active = count_parameters(model, means).active
