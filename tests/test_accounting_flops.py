@@ -40,6 +40,14 @@ CONFIGS = {
         "router_type": "mlp",
         "router_hidden_size": 5,
     },
+    "dsmoe_removed": {"num_experts": 4, "mlp_kept_experts": [[0, 3], [1, 2, 3]]},
+    "dsmoe_moa_removed": {
+        "num_experts": 4,
+        "num_attention_experts": 2,
+        "qk_norm": "per_head",
+        "mlp_kept_experts": [None, [2]],
+        "attention_kept_experts": [[1], None],
+    },
 }
 MOA = {"num_attention_experts": 2, "qk_norm": "per_head"}
 SMOE = {"kind": "smoe", "num_experts": 4, "mlp_routing": {"policy": "top_k", "k": 2}}
@@ -75,6 +83,18 @@ def test_training_of_an_smoe_counts_only_the_kept_experts(attention):
     ids = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)
     both = counted(lambda: model(ids, labels=ids, use_cache=False).loss.backward())
     assert training_flops_per_token(config, LENGTH) * BATCH * LENGTH == both
+
+
+def test_decoding_flops_after_removal_equal_torchs_count():
+    # each layer keeps one of two stored experts, of four; the routers score all
+    config, model = make(
+        **{**CONFIGS["dsmoe_moa_removed"], "mlp_kept_experts": [[0, 1], [1, 3]]},
+        mlp_routing={"policy": "top_k", "k": 1},
+        attention_routing={"policy": "top_k", "k": 1},
+    )
+    with torch.no_grad():
+        step = counted(lambda: model(torch.tensor([[3]]), use_cache=False))
+    assert inference_flops_per_token(config, 1) == step
 
 
 @pytest.mark.parametrize("kept", [1, 2, 4])

@@ -88,6 +88,22 @@ def test_a_batch_reads_the_experts_that_any_of_its_sequences_keeps():
     assert active_weight_bytes(config, batch_size=1000) == weight_bytes(config)
 
 
+def test_a_batch_reads_no_more_than_what_is_stored():
+    routing = {"policy": "top_k", "k": 1}
+    config = DSMoEConfig(**SMALL, mlp_routing=routing, mlp_kept_experts=[[0, 2], [1, 2, 3]])
+    expert, always = 3 * 16 * 8, 2 * (count_parameters(config).total - 5 * 3 * 16 * 8)
+    assert weight_bytes(config) == always + 2 * 5 * expert
+    assert active_weight_bytes(config) == always + 2 * 2 * expert == 2 * count_parameters(config).active
+    draw = random.Random(0)
+    for batch_size in (3, 1000):
+        distinct = [
+            sum(len({draw.randrange(stored) for _ in range(batch_size)}) for _ in range(2000)) / 2000
+            for stored in (2, 3)
+        ]
+        expected = always + 2 * sum(distinct) * expert
+        assert active_weight_bytes(config, batch_size=batch_size) == pytest.approx(expected, rel=0.01)
+
+
 def test_unknown_names_are_refused():
     config = DSMoEConfig(**SMALL)
     with pytest.raises(UserError, match="unknown dtype 'bf16'; known are float64"):

@@ -11,7 +11,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import dsmoe.accounting
-from dsmoe.accounting import active_experts, count_parameters, embedding_parameters, total_parameters
+from dsmoe.accounting import (
+    active_experts,
+    count_parameters,
+    embedding_parameters,
+    stored_experts,
+    total_parameters,
+)
 from dsmoe.config import DSMoEConfig
 from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM
@@ -25,6 +31,12 @@ SMALL = {
 }
 
 
+def kept_experts(layers, experts):
+    """Experts that are stored per layer, or None."""
+    stored = st.sets(st.integers(0, experts - 1), min_size=1).map(sorted)
+    return st.none() | st.lists(stored, min_size=layers, max_size=layers)
+
+
 @st.composite
 def small_configs(draw):
     heads_per_expert, attention_experts = draw(st.sampled_from([1, 2])), draw(st.sampled_from([1, 2, 3]))
@@ -33,6 +45,7 @@ def small_configs(draw):
     if attention_experts == 1:
         key_value_heads = draw(st.sampled_from([n for n in (1, 2) if heads % n == 0]))
     experts = draw(st.sampled_from([1, 2, 5]))
+    layers = draw(st.integers(1, 3))
     hidden_router = draw(st.sampled_from([0, 3]))
     norms = ["none", "per_head"] + (["full"] if attention_experts == 1 else [])
     return DSMoEConfig(
@@ -40,7 +53,7 @@ def small_configs(draw):
         vocab_size=draw(st.integers(1, 40)),
         hidden_size=draw(st.integers(1, 20)),
         intermediate_size=experts * draw(st.integers(1, 9)),
-        num_hidden_layers=draw(st.integers(1, 3)),
+        num_hidden_layers=layers,
         num_experts=experts,
         mlp_type=draw(st.sampled_from(["swiglu", "gelu"])),
         num_attention_heads=heads,
@@ -51,6 +64,8 @@ def small_configs(draw):
         router_type="mlp" if hidden_router else "linear",
         router_hidden_size=hidden_router,
         tie_word_embeddings=draw(st.booleans()),
+        mlp_kept_experts=draw(kept_experts(layers, experts)),
+        attention_kept_experts=draw(kept_experts(layers, attention_experts)),
     )
 
 
@@ -110,27 +125,56 @@ def test_counts_equal_numel_of_the_model(config):
     assert counts.norm == numel("norm")
     assert counts.embedding == numel("embed_tokens", "lm_head") == embedding_parameters(config)
     assert counts.attention == numel("self_attn") - numel("self_attn.router", "q_norm", "k_norm")
-    assert counts.layers[0].total == numel("layers.0.")
+    for layer in counts.layers:
+        assert layer.total == numel(f"layers.{layer.layer}.")
+    assert counts.mlp == numel("mlp.experts")
 
 
 @settings(deadline=None, max_examples=30)
 @given(config=small_configs(), data=st.data())
 def test_active_counts_drop_exactly_the_unused_experts(config, data):
-    kept_mlp = data.draw(st.integers(1, config.num_experts))
-    kept_attention = data.draw(st.integers(1, config.num_attention_experts))
-    layers = config.num_hidden_layers
-    counts = count_parameters(config, {"mlp": [kept_mlp] * layers, "attention": [kept_attention] * layers})
+    layers = range(config.num_hidden_layers)
+    kept = {
+        part: [data.draw(st.integers(1, config.num_kept_experts(part, layer))) for layer in layers]
+        for part in ("mlp", "attention")
+    }
+    counts = count_parameters(config, kept)
     unused = 0
     for name, parameter in model_parameters(config).items():
-        per_expert = parameter.numel() // parameter.shape[0]  # experts stand in the first dimension
+        # the stored experts stand in the first dimension
+        stored, per_expert = parameter.shape[0], parameter.numel() // parameter.shape[0]
         if ".mlp.experts." in name:
-            unused += (config.num_experts - kept_mlp) * per_expert
+            unused += (stored - kept["mlp"][int(name.split(".")[2])]) * per_expert
         elif parameter.dim() == 3:
-            unused += (config.num_attention_experts - kept_attention) * per_expert
+            unused += (stored - kept["attention"][int(name.split(".")[2])]) * per_expert
     assert counts.active == counts.total - unused
     assert counts.active_non_embedding == counts.non_embedding - unused
-    assert counts.mlp_active_fraction == pytest.approx(kept_mlp / config.num_experts)
-    assert counts.attention_active_fraction == pytest.approx(kept_attention / config.num_attention_experts)
+    # shares are of the original N
+    shares = {"mlp": config.num_experts, "attention": config.num_attention_experts}
+    for part, num_experts in shares.items():
+        fraction = getattr(counts, f"{part}_active_fraction")
+        assert fraction == pytest.approx(sum(kept[part]) / len(kept[part]) / num_experts)
+
+
+def test_removal_lowers_what_is_stored_and_no_active_count():
+    policy = {"policy": "top_k", "k": 2}
+    whole = DSMoEConfig(**SMALL, mlp_routing=policy)
+    removed = DSMoEConfig(**SMALL, mlp_routing=policy, mlp_kept_experts=[[0, 1], [1, 2, 3], None])
+    before, after = count_parameters(whole), count_parameters(removed)
+    assert before.total - after.total == before.mlp - after.mlp == 3 * 384
+    assert [layer.total for layer in before.layers][2] == after.layers[2].total
+    assert (after.active, after.router) == (before.active, before.router)
+    assert after.mlp_active_fraction == before.mlp_active_fraction
+    assert stored_experts(removed, "mlp") == [2, 3, 4]
+    # "dense" keeps all that remain
+    assert active_experts(DSMoEConfig(**SMALL, mlp_kept_experts=[[0], [1, 2], None]), "mlp") == [1, 2, 4]
+    with pytest.raises(UserError, match=r"\[0\] is 3; a token keeps from 1 to 2"):
+        count_parameters(removed, {"mlp": [3, 1, 1]})
+    # one that remains is kept by every policy
+    single = DSMoEConfig(
+        **SMALL, mlp_routing={"policy": "threshold", "threshold": 1.0}, mlp_kept_experts=[[0], [1], [2]]
+    )
+    assert active_experts(single, "mlp") == [1, 1, 1]
 
 
 def test_policies_give_the_active_experts():
@@ -192,6 +236,7 @@ def test_any_object_with_the_attributes_will_do():
     plain = SimpleNamespace(**{name: getattr(config, name) for name in names})
     plain.head_dim = plain.num_key_value_heads = plain.attention_routing = None  # derived when null
     plain.mlp_routing = {"policy": "top_k", "k": 2}  # one policy for all layers
+    del plain.mlp_kept_experts, plain.attention_kept_experts  # nothing was removed
     assert count_parameters(plain) == count_parameters(config)
 
 

@@ -78,6 +78,24 @@ def test_gate_scales(tiny_config, overrides, mlp, attention):
         ({"mlp_routing": {"policy": "top_k", "k": 5}}, "k is 5; it must be an integer from 1 to 4"),
         ({"mlp_routing": PER_LAYER[:1]}, r"model.mlp_routing: 1 policies for 2 layers"),
         ({"mlp_routing": [*PER_LAYER, PER_LAYER[0]]}, r"model.mlp_routing: 3 policies for 2 layers"),
+        ({"mlp_kept_experts": [[0]]}, "model.mlp_kept_experts: 1 entries for 2 layers"),
+        ({"mlp_kept_experts": [[0], 1]}, r"model.mlp_kept_experts\[1\] is 1; it must be a list"),
+        ({"mlp_kept_experts": [[], [1]]}, r"model.mlp_kept_experts\[0\] is empty"),
+        ({"mlp_kept_experts": [[0, 4], [1]]}, r"mlp_kept_experts\[0\]: expert 4; .* from 0 to 3"),
+        ({"mlp_kept_experts": [[0, True], [1]]}, r"mlp_kept_experts\[0\]: expert True"),
+        ({"mlp_kept_experts": [[0], [2, 1]]}, r"mlp_kept_experts\[1\]: expert 1 stands after 2"),
+        ({"attention_kept_experts": [[0], [1]]}, r"attention_kept_experts\[1\]: expert 1; .* from 0 to 0"),
+        (
+            {"mlp_kept_experts": [[0, 1, 2], [1]], "mlp_routing": {"policy": "top_k", "k": 2}},
+            r"model.mlp_routing\[1\]: k is 2, and 1 of the layer's 4 experts remain",
+        ),
+        (
+            {
+                "mlp_kept_experts": [[0, 1], None],
+                "mlp_routing": {"policy": "threshold_top_k", "threshold": 1, "k": 3},
+            },
+            r"model.mlp_routing\[0\]: k is 3",
+        ),
         (
             {"mlp_routing": [PER_LAYER[0], {"policy": "topk"}]},
             r"model.mlp_routing\[1\]: unknown policy 'topk'",
@@ -105,6 +123,19 @@ def test_impossible_configs(tiny_config, overrides, message):
         ({"policy": "threshold", "threshold": float("nan")}, "is nan"),
         ({"policy": "top_p", "top_p": "0.5"}, "top_p is '0.5'"),
         ({"policy": "top_p", "top_p": 1.01}, "from 0 to 1"),
+        ({"policy": ["top_k"], "k": 2}, "unknown policy"),
+        ({"policy": "threshold", "threshold": [1.0] * 3}, "has 3 numbers; give one, or one for each of 4"),
+        ({"policy": "threshold", "threshold": [1, 1, None, 1]}, "of expert 2 is None"),
+        ({"policy": "threshold", "threshold": [1, 1, 1, 4.5]}, "of expert 3 is 4.5; .* from 0 to 4"),
+        ({"policy": "threshold", "threshold": 3, "score_weights": [0.5] * 4}, "is 3; .* from 0 to 2"),
+        ({"policy": "top_p", "top_p": [0.5] * 4}, "top_p is"),
+        ({"policy": "dense", "score_weights": [1.0] * 4}, "has no field 'score_weights'"),
+        ({"policy": "top_k", "k": 2, "score_weights": [1.0] * 3}, "score_weights: 3 numbers; .* each of 4"),
+        ({"policy": "top_k", "k": 2, "score_weights": None}, "score_weights: None; give a list"),
+        ({"policy": "top_k", "k": 2, "score_weights": [1, 1, 0, 1]}, "of expert 2 is 0; .* above 0"),
+        ({"policy": "top_k", "k": 2, "score_weights": [1, True, 1, 1]}, "of expert 1 is True"),
+        ({"policy": "top_k", "k": 2, "score_weights": [1, 1, 1, float("nan")]}, "of expert 3 is nan"),
+        ({"policy": "top_p", "top_p": 0.5, "score_weights": [1, float("inf"), 1, 1]}, "expert 1 is inf"),
     ],
 )
 def test_bad_policies(policy, message):
@@ -130,6 +161,33 @@ def test_policies():
         assert is_dense(policy, 4) == dense
 
 
+def test_per_expert_thresholds_and_score_weights():
+    policy = {"policy": "threshold", "threshold": (1, 0, 4, 2.5), "score_weights": (1, 2, 0.5, 1)}
+    checked = {
+        "policy": "threshold",
+        "threshold": [1.0, 0.0, 4.0, 2.5],
+        "score_weights": [1.0, 2.0, 0.5, 1.0],
+    }
+    assert check_policy(policy, 4) == checked == json.loads(json.dumps(check_policy(checked, 4)))
+    # the largest score is N * p * w
+    assert check_policy({**policy, "threshold": 8}, 4)["threshold"] == 8.0
+    assert "score_weights" not in check_policy({"policy": "top_k", "k": 1}, 4)
+
+
+def test_kept_experts(tiny_config):
+    config = tiny_config(mlp_kept_experts=[(0, 3), None], mlp_routing={"policy": "top_k", "k": 2})
+    assert config.mlp_kept_experts == [[0, 3], [0, 1, 2, 3]]
+    assert [config.kept_experts("mlp", layer) for layer in (0, 1)] == [[0, 3], None]
+    assert [config.num_kept_experts("mlp", layer) for layer in (0, 1)] == [2, 4]
+    # two of the two that remain are all of them
+    assert [config.is_dense_layer("mlp", layer) for layer in (0, 1)] == [True, False]
+    assert [config.kept_experts("attention", layer) for layer in (0, 1)] == [None, None]
+    assert config.mlp_gate_scale == 4.0
+    assert tiny_config(mlp_kept_experts=[None, [0, 1, 2, 3]]).mlp_kept_experts is None
+    # k is no number above what remains where the batch decides it
+    tiny_config(mlp_kept_experts=[[0], [1]], mlp_routing={"policy": "threshold_top_k", "threshold": 1.0})
+
+
 def test_repeated_policies_are_no_aliases(tiny_config):
     config = tiny_config(mlp_routing={"policy": "top_k", "k": 2})
     config.mlp_routing[0]["k"] = 1
@@ -139,7 +197,8 @@ def test_repeated_policies_are_no_aliases(tiny_config):
 def test_round_trips(tiny_config, tmp_path):
     config = tiny_config(
         mlp_routing=PER_LAYER, num_attention_experts=2, qk_norm="per_head", rope_theta=5e5,
-        attention_routing={"policy": "threshold", "threshold": 0.9}, gate_normalization="l2",
+        attention_routing={"policy": "threshold", "threshold": [0.9, 0.8], "score_weights": [1.5, 0.7]},
+        gate_normalization="l2", mlp_kept_experts=[[1], [0, 2, 3]], attention_kept_experts=[None, [1]],
     )  # fmt: skip
     config.save_pretrained(tmp_path)
     restored = [
@@ -153,6 +212,9 @@ def test_round_trips(tiny_config, tmp_path):
         # transformers notes where a config came from
         assert {**other.to_dict(), "_name_or_path": ""} == config.to_dict()
         assert other.mlp_routing == PER_LAYER
-        assert other.attention_routing == [{"policy": "threshold", "threshold": 0.9}] * 2
+        assert other.attention_routing == config.attention_routing
+        assert other.attention_routing[1]["threshold"] == [0.9, 0.8]
+        assert other.mlp_kept_experts == [[1], [0, 2, 3]]
+        assert other.attention_kept_experts == [[0, 1], [1]]
         assert other.mlp_gate_scale == 2.0
         assert other.rope_parameters["rope_theta"] == other.rope_theta == 5e5

@@ -180,6 +180,9 @@ def test_dense_twin(tmp_path, target, normalised):
     [
         {"kind": "smoe", "gate_normalization": "renormalized", "mlp_routing": top_k(2)},
         {"mlp_gate_scale": 2.7, "mlp_routing": {"policy": "threshold_top_k", "threshold": 0.4, "k": 3}},
+        # equal weights choose as none do, and of all experts there is nothing to choose
+        {"mlp_routing": {**top_k(2), "score_weights": [0.5] * 4}},
+        {"mlp_routing": [{"policy": "dense"}, {**top_k(4), "score_weights": [1.0, 2.0, 0.5, 1.0]}]},
         # the same K by three policies
         {"mlp_routing": [{"policy": "dense"}, top_k(4)]},
     ],
@@ -247,18 +250,27 @@ def test_native_copy_keeps_every_policy(tmp_path):
         num_attention_experts=2,
         mlp_type="gelu",
         gate_normalization="l2",
-        mlp_routing=[{"policy": "threshold", "threshold": 0.7}, top_k(3)],
+        mlp_routing=[
+            {"policy": "threshold", "threshold": [0.7, 0.1, 1.4, 0.9], "score_weights": [1.0, 2.0, 0.5, 1.0]},
+            top_k(3),
+        ],
+        mlp_kept_experts=[[0, 3], None],
+        attention_kept_experts=[None, [1]],
     )
     (tmp_path / "source" / "sparsity.json").write_text("{}\n")
     report = export(tmp_path / "source", "dsmoe", tmp_path / "out", "bfloat16")
     assert report["max_abs_logit_difference"] == 0.0
     copy = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto", trust_remote_code=False)
     assert (copy.dtype, copy.config.mlp_routing) == (torch.bfloat16, original.config.mlp_routing)
+    assert copy.config.mlp_kept_experts == [[0, 3], [0, 1, 2, 3]]
+    assert copy.config.attention_kept_experts == [[0, 1], [1]]
     for file in ("dsmoe_shim.py", "sparsity.json", "export.json"):
         assert (tmp_path / "out" / file).exists()
     assert "auto_map" in json.loads((tmp_path / "out" / "config.json").read_text())
 
 
+PER_EXPERT = {"policy": "threshold", "threshold": [0.5, 1.0, 0.2, 0.7]}
+WEIGHTED = {**top_k(2), "score_weights": [1.0, 2.0, 0.5, 1.0]}
 REFUSED = [
     ("olmoe", {"qk_norm": "none"}, "--format qwen2moe"),
     ("olmoe", {"qk_norm": "none", **DENSE}, "--format llama"),
@@ -282,6 +294,24 @@ REFUSED = [
     ("olmoe", {"mlp_routing": {"policy": "threshold_top_k", "threshold": 0.5}}, "dsmoe sparsify CHECKPOINT"),
     ("olmoe", {"mlp_routing": [top_k(2), top_k(3)]}, "K = 2, 3"),
     ("olmoe", {"mlp_routing": [top_k(2), {"policy": "dense"}]}, "K = 2, 4"),
+    ("olmoe", {"mlp_routing": [top_k(2), top_k(3)]}, "model.mlp_routing[1] 3"),
+    (
+        "olmoe",
+        {"mlp_routing": [top_k(2), PER_EXPERT]},
+        "model.mlp_routing[1] is policy 'threshold' with one threshold",
+    ),
+    ("olmoe", {"mlp_routing": [top_k(2), WEIGHTED]}, "model.mlp_routing[1] has score_weights"),
+    (
+        "olmoe",
+        {"mlp_routing": {"policy": "top_p", "top_p": 0.5, "score_weights": [1, 2, 1, 1]}},
+        "with score_weights",
+    ),
+    (
+        "qwen2moe",
+        {"qk_norm": "none", "mlp_routing": top_k(2), "mlp_kept_experts": [None, [0, 1, 3]]},
+        "model.mlp_kept_experts[1] stores 3 of 4 experts",
+    ),
+    ("olmoe", {"mlp_kept_experts": [[2], None]}, "model.mlp_kept_experts[0] stores 1 of 4 experts"),
 ]
 
 

@@ -47,6 +47,113 @@ def test_the_best_expert_is_kept_and_better_ones_first(probs, data):
             assert row[keeps].min() >= row[~keeps].max()
 
 
+def weighted(draw, policy, num_experts):
+    """The policy with score weights, at times."""
+    if policy["policy"] == "dense" or not draw(st.booleans()):
+        return policy
+    weights = st.lists(st.floats(0.1, 10), min_size=num_experts, max_size=num_experts)
+    return {**policy, "score_weights": draw(weights)}
+
+
+@PROPERTY
+@given(probabilities(), st.data())
+def test_removed_experts_are_never_kept_and_the_best_stored_one_always(probs, data):
+    num_experts = probs.shape[1]
+    stored = sorted(data.draw(st.sets(st.integers(0, num_experts - 1), min_size=1)))
+    policy = weighted(data.draw, data.draw(policies(num_experts)), num_experts)
+    if policy.get("k"):
+        policy["k"] = min(policy["k"], len(stored))
+    kept = keep_experts(probs, policy, stored)
+    assert kept.shape == probs.shape and kept.dtype == torch.bool
+    removed = [expert for expert in range(num_experts) if expert not in stored]
+    assert not kept[:, removed].any()
+    scores = probs * torch.tensor(policy.get("score_weights", [1.0] * num_experts), dtype=torch.float64)
+    for row, keeps in zip(scores, kept):
+        assert row[keeps].max() == row[stored].max()
+        assert policy["policy"] != "dense" or keeps[stored].all()
+    if policy["policy"] in ("dense", "threshold", "top_p"):
+        # what a rule keeps of all, it keeps of the stored ones, and at most it adds where too little is left
+        looser = {**policy, "top_p": policy["top_p"] - 1e-9} if "top_p" in policy else policy
+        assert not (keep_experts(probs, looser) & ~kept)[:, stored].any()
+    everything = keep_experts(probs, policy)
+    assert torch.equal(keep_experts(probs, policy, list(range(num_experts))), everything)
+
+
+@PROPERTY
+@given(probabilities(), st.data())
+def test_weights_choose_as_if_the_scores_were_the_probabilities(probs, data):
+    """Weights whose products sum to one per token: a rule on s is the plain rule on a router that gives s."""
+    num_experts = probs.shape[1]
+    weights = data.draw(st.lists(st.floats(0.1, 10), min_size=num_experts, max_size=num_experts))
+    scores = probs * torch.tensor(weights, dtype=torch.float64)
+    shares = scores / scores.sum(-1, keepdim=True)
+    top_p, k = data.draw(st.floats(0.05, 0.95)), data.draw(st.integers(1, num_experts))
+    for policy in ({"policy": "top_p", "top_p": top_p}, {"policy": "top_k", "k": k}):
+        kept, wanted = keep_experts(probs, {**policy, "score_weights": weights}), keep_experts(shares, policy)
+        ranked = shares.sort(-1).values
+        clear = (ranked.diff(dim=-1) > 1e-9).all(-1)
+        clear &= ((ranked.flip(-1).cumsum(-1) - top_p).abs() > 1e-9).all(-1)
+        assert torch.equal(kept[clear], wanted[clear])
+
+
+@PROPERTY
+@given(probabilities(), st.data())
+def test_one_threshold_per_expert(probs, data):
+    num_experts = probs.shape[1]
+    limits = data.draw(st.lists(st.floats(0, 3), min_size=num_experts, max_size=num_experts))
+    policy = weighted(data.draw, {"policy": "threshold", "threshold": limits}, num_experts)
+    kept = keep_experts(probs, policy)
+    for row, keeps in zip(probs, kept):
+        for expert in range(num_experts):
+            weight = policy.get("score_weights", [1.0] * num_experts)[expert]
+            score = num_experts * row[expert].item() * weight
+            if score > limits[expert] + 1e-9:
+                assert keeps[expert]
+            elif score < limits[expert] - 1e-9 and keeps[expert]:
+                weights = policy.get("score_weights", [1.0] * num_experts)
+                scores = row * torch.tensor(weights, dtype=torch.float64)
+                assert scores[expert] == scores.max()
+    # equal ones are one
+    value = data.draw(st.floats(0, 3))
+    one, many = ({"policy": "threshold", "threshold": t} for t in (value, [value] * num_experts))
+    assert torch.equal(keep_experts(probs, one), keep_experts(probs, many))
+
+
+def test_top_p_of_stored_experts_is_a_share_of_all():
+    probs = torch.tensor([[0.5, 0.3, 0.15, 0.05]], dtype=torch.float64)
+    for stored, top_p, expected in (
+        ([0, 1, 3], 0.75, [0, 1]),
+        ([0, 1, 3], 0.83, [0, 1, 3]),  # of the stored alone, 0 and 1 would be 94%
+        ([2, 3], 0.9, [2, 3]),
+        ([2, 3], 0.1, [2]),
+    ):
+        kept = keep_experts(probs, {"policy": "top_p", "top_p": top_p}, stored)
+        assert kept[0].nonzero().flatten().tolist() == expected
+
+
+def test_batch_dependent_k_is_at_most_what_is_stored():
+    probs = torch.full((3, 4), 0.25, dtype=torch.float64)
+    policy = {"policy": "threshold_top_k", "threshold": 0.1, "k": None}
+    assert keep_experts(probs, policy, [1, 3]).sum(-1).tolist() == [2, 2, 2]
+    assert keep_experts(probs[:0], policy, [1, 3]).shape == (0, 4)
+
+
+@PROPERTY
+@given(probabilities(), st.floats(0.1, 20), st.data())
+def test_gates_of_stored_experts(probs, scale, data):
+    num_experts = probs.shape[1]
+    stored = sorted(data.draw(st.sets(st.integers(0, num_experts - 1), min_size=1)))
+    mask = data.draw(st.sampled_from([None, {"policy": "top_k", "k": 1}]))
+    mask = None if mask is None else keep_experts(probs, mask, stored)
+    cut = None if mask is None else mask[:, stored]
+    as_mask = torch.zeros_like(probs, dtype=torch.bool)
+    as_mask[:, stored] = True
+    for name in ("softmax", "l2", "renormalized"):
+        # removing an expert is what masking it is
+        expected = gate_values(probs, as_mask if mask is None else mask, name, scale)[:, stored]
+        torch.testing.assert_close(gate_values(probs, cut, name, scale, stored), expected)
+
+
 @PROPERTY
 @given(probabilities(), st.data())
 def test_top_k_keeps_k(probs, data):

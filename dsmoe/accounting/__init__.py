@@ -24,6 +24,7 @@ from dsmoe.accounting.sizes import (
     embedding_parameters,
     layer_sizes,
     router_parameters,
+    stored_experts,
 )
 from dsmoe.accounting.table import markdown_table
 
@@ -43,6 +44,7 @@ __all__ = [
     "layer_sizes",
     "markdown_table",
     "router_parameters",
+    "stored_experts",
     "total_parameters",
     "training_flops_per_token",
     "training_memory_bytes",

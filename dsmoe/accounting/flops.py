@@ -7,7 +7,7 @@ activations and gates are left out: at width d they cost O(1/d) of the matrix pr
 from dataclasses import dataclass, replace
 from typing import Any
 
-from dsmoe.accounting.sizes import MeanActive, active_experts, layer_sizes
+from dsmoe.accounting.sizes import MeanActive, active_experts, layer_sizes, stored_experts
 
 
 @dataclass(frozen=True)
@@ -55,26 +55,29 @@ def forward_flops_per_token(
         mlp          2 * mlp * m / N
         router       2 * router
 
-    where a name stands for the parameters of that part (`dsmoe.accounting.sizes.LayerSizes`); and once
-    ``lm_head = 2 * vocab_size * d``. Scores are those of the kept heads, as in decoding; over many tokens
-    that keep different heads the model computes the scores of all heads and saves only projections.
+    where a name stands for the parameters of that part (`dsmoe.accounting.sizes.LayerSizes`; like N and A it counts
+    experts that were removed, m and a never do); and once ``lm_head = 2 * vocab_size * d``. Scores are those of the
+    kept heads, as in decoding; over many tokens that keep different heads the model computes the scores of all stored
+    heads and saves only projections.
 
     Args:
         config: a DSMoEConfig, or any object with its attributes.
         context_length: keys that the token attends to, itself included.
         mean_active: measured mean active experts, as in `count_parameters`.
-        all_experts: compute every expert, whatever the routing policies say.
+        all_experts: compute every expert that is stored, whatever the routing policies say.
 
     Raises:
         UserError: a threshold or top_p policy without its measured mean, or a bad `mean_active`.
     """
     sizes = layer_sizes(config)
     layers = config.num_hidden_layers
-    if all_experts:
-        mlp_share = attention_share = float(layers)
-    else:
-        mlp_share = sum(active_experts(config, "mlp", mean_active)) / sizes.num_experts
-        attention_share = sum(active_experts(config, "attention", mean_active)) / sizes.num_attention_experts
+
+    def share(part: str, num_experts: int) -> float:
+        computed = stored_experts(config, part) if all_experts else active_experts(config, part, mean_active)
+        return sum(computed) / num_experts
+
+    mlp_share = share("mlp", sizes.num_experts)
+    attention_share = share("attention", sizes.num_attention_experts)
     return ForwardFlops(
         attention_projections=2.0 * (layers * sizes.key_value + attention_share * sizes.query_output),
         attention_scores=4.0 * context_length * sizes.head_dim * sizes.num_heads * attention_share,

@@ -3,7 +3,7 @@
 from typing import Any
 
 from dsmoe.accounting.parameters import total_parameters
-from dsmoe.accounting.sizes import MeanActive, active_experts, layer_sizes
+from dsmoe.accounting.sizes import MeanActive, active_experts, layer_sizes, stored_experts
 from dsmoe.errors import UserError
 
 DTYPE_BYTES = {"float64": 8, "float32": 4, "bfloat16": 2, "float16": 2, "float8": 1, "int8": 1}
@@ -39,9 +39,9 @@ def active_weight_bytes(
 
     Counts the layers, the final norm, the whole output projection and, where it is a separate table, one row
     of the input embedding per sequence. Sequences of a batch choose different experts; if each keeps any
-    given expert with probability f = active / N, independently and equally for all experts (an assumption:
-    real routers are correlated and uneven, which reads fewer), a step reads ``N * (1 - (1 - f)**batch_size)``
-    of N.
+    given expert with probability f = active / M, independently and equally for all M experts that a layer stores
+    (an assumption: real routers are correlated and uneven, which reads fewer), a step reads
+    ``M * (1 - (1 - f)**batch_size)`` of them.
 
     Args:
         config: a DSMoEConfig, or any object with its attributes.
@@ -55,8 +55,9 @@ def active_weight_bytes(
     sizes = layer_sizes(config)
 
     def share_read(part: str, num_experts: int) -> float:
-        kept = active_experts(config, part, mean_active)
-        return sum(1 - (1 - active / num_experts) ** batch_size for active in kept)
+        kept, stored = active_experts(config, part, mean_active), stored_experts(config, part)
+        read = (held * (1 - (1 - active / held) ** batch_size) for active, held in zip(kept, stored))
+        return sum(read) / num_experts
 
     always = config.num_hidden_layers * (sizes.key_value + sizes.router + sizes.norm) + config.hidden_size
     experts = sizes.query_output * share_read("attention", sizes.num_attention_experts)

@@ -3,7 +3,14 @@
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from dsmoe.accounting.sizes import MeanActive, active_experts, embedding_parameters, layer_sizes
+from dsmoe.accounting.sizes import (
+    LayerSizes,
+    MeanActive,
+    active_experts,
+    embedding_parameters,
+    layer_sizes,
+    stored_experts,
+)
 
 
 @dataclass(frozen=True)
@@ -14,7 +21,7 @@ class LayerCounts:
         layer: its index, from 0.
         mlp_active_experts: mean MLP experts that a token uses.
         attention_active_experts: mean attention experts that a token uses.
-        total: all parameters of the layer.
+        total: all parameters that the layer stores.
         active: parameters that a token uses on average (rounded).
     """
 
@@ -31,13 +38,13 @@ class ParameterCounts:
 
     Args:
         embedding: input embedding plus the output projection if it has its own weights.
-        attention: query, key, value and output projections of all layers and attention experts.
-        mlp: all MLP experts of all layers.
+        attention: query, key, value and output projections of all layers and stored attention experts.
+        mlp: all stored MLP experts of all layers.
         router: all routers.
         norm: all RMSNorm weights.
         active_non_embedding: non-embedding parameters that a token uses on average, routers included
             (rounded). Keys and values are always computed, so k_proj and v_proj count whole.
-        mlp_active_fraction: mean over the layers of active MLP experts / MLP experts.
+        mlp_active_fraction: mean over the layers of active MLP experts / MLP experts, removed ones included.
         attention_active_fraction: the same for attention experts.
         layers: the same, layer by layer.
     """
@@ -81,11 +88,14 @@ def total_parameters(config: Any) -> int:
     Args:
         config: a DSMoEConfig, or any object with its attributes.
     """
-    return (
-        embedding_parameters(config)
-        + config.num_hidden_layers * layer_sizes(config).total
-        + config.hidden_size
-    )
+    return embedding_parameters(config) + sum(_layer_totals(config, layer_sizes(config))) + config.hidden_size
+
+
+def _layer_totals(config: Any, sizes: LayerSizes) -> list[int]:
+    """Parameters that each layer stores."""
+    always = sizes.key_value + sizes.router + sizes.norm
+    stored = zip(stored_experts(config, "mlp"), stored_experts(config, "attention"))
+    return [always + sizes.mlp_of(mlp) + sizes.query_output_of(attention) for mlp, attention in stored]
 
 
 def count_parameters(config: Any, mean_active: MeanActive | None = None) -> ParameterCounts:
@@ -116,15 +126,16 @@ def count_parameters(config: Any, mean_active: MeanActive | None = None) -> Para
     ]
     return ParameterCounts(
         embedding=embedding_parameters(config),
-        attention=layers * sizes.attention,
-        mlp=layers * sizes.mlp,
+        attention=layers * sizes.key_value
+        + sum(sizes.query_output_of(stored) for stored in stored_experts(config, "attention")),
+        mlp=sum(sizes.mlp_of(stored) for stored in stored_experts(config, "mlp")),
         router=layers * sizes.router,
         norm=layers * sizes.norm + final_norm,
         active_non_embedding=round(sum(active_per_layer)) + final_norm,
         mlp_active_fraction=sum(mlp_experts) / (layers * sizes.num_experts),
         attention_active_fraction=sum(attention_experts) / (layers * sizes.num_attention_experts),
         layers=tuple(
-            LayerCounts(layer, mlp_experts[layer], attention_experts[layer], sizes.total, round(active))
-            for layer, active in enumerate(active_per_layer)
+            LayerCounts(layer, mlp_experts[layer], attention_experts[layer], total, round(active))
+            for layer, (total, active) in enumerate(zip(_layer_totals(config, sizes), active_per_layer))
         ),
     )

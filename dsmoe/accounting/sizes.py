@@ -17,7 +17,9 @@ MeanActive = Mapping[str, Sequence[float]]
 
 @dataclass(frozen=True)
 class LayerSizes:
-    """Parameters of one decoder layer by part, which are the same in every layer, and the sizes behind them.
+    """Parameters of one decoder layer by part with all its experts, and the sizes behind them.
+
+    They are the same in every layer; how many of the experts a layer stores is told by `stored_experts`.
 
     Args:
         hidden_size: width d of the residual stream.
@@ -59,8 +61,16 @@ class LayerSizes:
 
     @property
     def total(self) -> int:
-        """All parameters of the layer."""
+        """All parameters of the layer, with all its experts."""
         return self.attention + self.mlp + self.router + self.norm
+
+    def mlp_of(self, experts: int) -> int:
+        """Parameters of so many MLP experts."""
+        return self.mlp * experts // self.num_experts
+
+    def query_output_of(self, experts: int) -> int:
+        """q_proj and o_proj of so many attention experts."""
+        return self.query_output * experts // self.num_attention_experts
 
 
 def layer_sizes(config: Any) -> LayerSizes:
@@ -113,6 +123,19 @@ def embedding_parameters(config: Any) -> int:
     return tables * config.vocab_size * config.hidden_size
 
 
+def stored_experts(config: Any, part: str) -> list[int]:
+    """Number of experts that each layer stores: N, less those that were removed.
+
+    Args:
+        config: as in `layer_sizes`; `mlp_kept_experts` and `attention_kept_experts` may be null or missing (nothing
+            was removed).
+        part: "mlp" or "attention".
+    """
+    num_experts = config.num_experts if part == "mlp" else config.num_attention_experts
+    kept = getattr(config, f"{part}_kept_experts", None) or [None] * config.num_hidden_layers
+    return [num_experts if experts is None else len(experts) for experts in kept]
+
+
 def active_experts(config: Any, part: str, mean_active: MeanActive | None = None) -> list[float]:
     """Mean number of experts that a token uses, per layer.
 
@@ -123,39 +146,38 @@ def active_experts(config: Any, part: str, mean_active: MeanActive | None = None
             follows the config's policies.
 
     Returns:
-        One number per layer: N under "dense", k under "top_k" and "threshold_top_k".
+        One number per layer: those that it stores under "dense", k under "top_k" and "threshold_top_k".
 
     Raises:
         UserError: a policy whose count depends on the text and no measured mean; or a bad `mean_active`.
     """
-    num_experts = config.num_experts if part == "mlp" else config.num_attention_experts
-    layers = config.num_hidden_layers
+    layers, stored = config.num_hidden_layers, stored_experts(config, part)
     if mean_active is not None:
         unknown = sorted(set(mean_active) - set(PARTS))
         if unknown:
             raise UserError(f"mean_active has no part {unknown[0]!r}; its keys are {' and '.join(PARTS)}")
         if part in mean_active:
-            return _measured(mean_active[part], part, layers, num_experts)
+            return _measured(mean_active[part], part, stored)
     policies = config.mlp_routing if part == "mlp" else config.attention_routing
     if policies is None or isinstance(policies, Mapping):
         policies = [policies] * layers
-    return [_by_policy(policy, part, layer, num_experts) for layer, policy in enumerate(policies)]
+    return [_by_policy(policy, part, layer, stored[layer]) for layer, policy in enumerate(policies)]
 
 
-def _measured(means: Sequence[float], part: str, layers: int, num_experts: int) -> list[float]:
-    if len(means) != layers:
-        raise UserError(f"mean_active[{part!r}] has {len(means)} numbers; the model has {layers} layers")
-    for layer, mean in enumerate(means):
-        if not 1 <= mean <= num_experts:
+def _measured(means: Sequence[float], part: str, stored: Sequence[int]) -> list[float]:
+    if len(means) != len(stored):
+        raise UserError(f"mean_active[{part!r}] has {len(means)} numbers; the model has {len(stored)} layers")
+    for layer, (mean, most) in enumerate(zip(means, stored)):
+        if not 1 <= mean <= most:
             raise UserError(
-                f"mean_active[{part!r}][{layer}] is {mean}; a token keeps from 1 to {num_experts} experts"
+                f"mean_active[{part!r}][{layer}] is {mean}; a token keeps from 1 to {most} experts"
             )
     return [float(mean) for mean in means]
 
 
-def _by_policy(policy: Mapping[str, Any] | None, part: str, layer: int, num_experts: int) -> float:
-    if num_experts == 1 or policy is None or policy["policy"] == "dense":
-        return float(num_experts)
+def _by_policy(policy: Mapping[str, Any] | None, part: str, layer: int, stored: int) -> float:
+    if stored == 1 or policy is None or policy["policy"] == "dense":
+        return float(stored)
     if policy["policy"] in ("top_k", "threshold_top_k") and policy.get("k") is not None:
         return float(policy["k"])
     raise UserError(

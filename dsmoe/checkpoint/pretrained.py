@@ -118,7 +118,10 @@ def load_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[DSMoEForCausa
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        loaded: Any = DSMoEForCausalLM.from_pretrained(folder, dtype=dtype, output_loading_info=True)
+        # of tensors of another shape the refusal below tells more than transformers' own
+        loaded: Any = DSMoEForCausalLM.from_pretrained(
+            folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
+        )
         model, loading = loaded
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{folder}: the model can't be read ({str(error).splitlines()[0]})") from None

@@ -5,6 +5,7 @@ from typing import Any
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from dsmoe.config.kept import kept_per_layer
 from dsmoe.config.routing import is_dense, policies_per_layer
 from dsmoe.errors import UserError
 
@@ -46,6 +47,10 @@ class DSMoEConfig(PreTrainedConfig):
         mlp_routing: the routing policy of the MLP experts (see `dsmoe.config.routing`): a dict for all layers
             or a list with one dict per layer.
         attention_routing: the same for the attention experts.
+        mlp_kept_experts: the MLP experts that are stored, one ascending list of indices per layer; null: all. The
+            others were removed (`dsmoe.model.remove_experts`): no token keeps them. num_experts stays that of the
+            router, whose softmax still runs over all of them.
+        attention_kept_experts: the same for the attention experts.
         normalize_embeddings: divide each token's embedding by its root mean square.
         tie_word_embeddings: use the embedding table as output projection.
         max_position_embeddings: longest context.
@@ -83,6 +88,8 @@ class DSMoEConfig(PreTrainedConfig):
     attention_gate_scale: float | None = None
     mlp_routing: list | dict | None = None
     attention_routing: list | dict | None = None
+    mlp_kept_experts: list | None = None
+    attention_kept_experts: list | None = None
     normalize_embeddings: bool = False
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 2048
@@ -118,15 +125,8 @@ class DSMoEConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta}
         else:
             self.rope_theta = float(self.rope_parameters.get("rope_theta", self.rope_theta))
-        self.mlp_routing = policies_per_layer(
-            self.mlp_routing, self.num_hidden_layers, self.num_experts, "model.mlp_routing"
-        )
-        self.attention_routing = policies_per_layer(
-            self.attention_routing,
-            self.num_hidden_layers,
-            self.num_attention_experts,
-            "model.attention_routing",
-        )
+        self._check_experts("mlp")
+        self._check_experts("attention")
         self._check_kind()
         self._derive_gate_scales()
         super().__post_init__(**kwargs)
@@ -162,6 +162,18 @@ class DSMoEConfig(PreTrainedConfig):
                 f"model.router_hidden_size is {self.router_hidden_size} for router_type {self.router_type!r}; "
                 "an mlp router needs one above 0, a linear router 0"
             )
+
+    def _check_experts(self, part: str) -> None:
+        """Which experts of a part are stored, and the policies that choose among them."""
+        layers, num_experts = self.num_hidden_layers, self.num_experts_of(part)
+        kept = kept_per_layer(
+            getattr(self, f"{part}_kept_experts"), layers, num_experts, f"model.{part}_kept_experts"
+        )
+        setattr(self, f"{part}_kept_experts", kept)
+        name = f"{part}_routing"
+        setattr(
+            self, name, policies_per_layer(getattr(self, name), layers, num_experts, f"model.{name}", kept)
+        )
 
     def _derive_gate_scales(self) -> None:
         # Kept as numbers: a policy that the sparsifier changes later must not change the scale.
@@ -202,10 +214,25 @@ class DSMoEConfig(PreTrainedConfig):
         """The routing policy of a layer's "mlp" or "attention" experts."""
         return (self.mlp_routing if part == "mlp" else self.attention_routing)[layer]
 
+    def num_experts_of(self, part: str) -> int:
+        """The router's "mlp" or "attention" experts, removed ones included."""
+        return self.num_experts if part == "mlp" else self.num_attention_experts
+
+    def kept_experts(self, part: str, layer: int) -> list[int] | None:
+        """The "mlp" or "attention" experts that a layer stores, ascending; None: all."""
+        kept = self.mlp_kept_experts if part == "mlp" else self.attention_kept_experts
+        if kept is None or len(kept[layer]) == self.num_experts_of(part):
+            return None
+        return kept[layer]
+
+    def num_kept_experts(self, part: str, layer: int) -> int:
+        """How many "mlp" or "attention" experts a layer stores."""
+        kept = self.kept_experts(part, layer)
+        return self.num_experts_of(part) if kept is None else len(kept)
+
     def is_dense_layer(self, part: str, layer: int) -> bool:
-        """Whether a layer keeps all its "mlp" or "attention" experts for every token."""
-        num_experts = self.num_experts if part == "mlp" else self.num_attention_experts
-        return is_dense(self.routing(part, layer), num_experts)
+        """Whether a layer keeps all the "mlp" or "attention" experts that it stores for every token."""
+        return is_dense(self.routing(part, layer), self.num_kept_experts(part, layer))
 
 
 def _divided(config: DSMoEConfig, name: str, by: str) -> int:

@@ -7,6 +7,10 @@
 | llama    | Llama        | qk_norm "none"; a dense twin                                                       |
 | dsmoe    | DS-MoE       | every model; loading it needs the `dsmoe` package                                  |
 
+The three stock formats store all experts in every layer and choose by probability alone, so they take no removed
+experts and no `score_weights`; those with experts have one K for all layers, so no thresholds (per layer or per expert),
+no top_p and no K per layer.
+
 OLMoE and Qwen2-MoE keep the K largest of the softmax over all N experts and weight them with those probabilities
 (norm_topk_prob false: gates "softmax") or with those divided by their sum (true: "renormalized"), so both equal
 DS-MoE's sparse inference once the gate scale is folded into down_proj. Read in transformers 5.16 to 5.23. Mixtral,
@@ -41,6 +45,7 @@ def check_exportable(config: DSMoEConfig, target: str) -> None:
     _check_kind(config, target)
     _check_attention(config, target)
     _check_experts(config, target)
+    _check_removed(config, target)
     if config.num_experts > 1:
         uniform_top_k(config, target)
     if config.pad_token_id is not None and not 0 <= config.pad_token_id < config.vocab_size:
@@ -56,25 +61,50 @@ def uniform_top_k(config: DSMoEConfig, target: str) -> int:
     Raises:
         UserError: the number differs between tokens or between layers.
     """
-    name = ARCHITECTURES[target]
-    ks = []
-    for layer in range(config.num_hidden_layers):
-        policy = config.routing("mlp", layer)
-        if is_dense(policy, config.num_experts):
-            ks.append(config.num_experts)
-        elif policy.get("k") is not None:
-            ks.append(policy["k"])
-        else:
-            raise UserError(
-                f"layer {layer} has routing policy {policy}, under which the number of experts varies from token to "
-                f"token; {name} keeps one K for all. Fix K with {_SPARSIFY}; {_KEEP}"
-            )
+    ks = [_top_k_of_layer(config, target, layer) for layer in range(config.num_hidden_layers)]
     if len(set(ks)) > 1:
+        other = next(layer for layer, k in enumerate(ks) if k != ks[0])
         raise UserError(
-            f"the layers keep K = {', '.join(map(str, ks))} experts; {name} has one K for all layers. Choose one with "
+            f"the layers keep K = {', '.join(map(str, ks))} experts (model.mlp_routing[{other}] {ks[other]}, "
+            f"model.mlp_routing[0] {ks[0]}); {ARCHITECTURES[target]} has one K for all layers. Choose one with "
             f"{_SPARSIFY}; {_KEEP}"
         )
     return ks[0]
+
+
+def _top_k_of_layer(config: DSMoEConfig, target: str, layer: int) -> int:
+    """The number of experts that every token keeps in a layer, the K most probable ones."""
+    name, where, policy = ARCHITECTURES[target], f"model.mlp_routing[{layer}]", config.routing("mlp", layer)
+    if is_dense(policy, config.num_experts):
+        return config.num_experts
+    if policy.get("k") is None:
+        what = f"is {policy}"
+        if isinstance(policy.get("threshold"), list):
+            what = f"is policy {policy['policy']!r} with one threshold per expert"
+        elif "score_weights" in policy:
+            what = f"is policy {policy['policy']!r} with score_weights"
+        raise UserError(
+            f"{where} {what}, under which the number of experts varies from token to token; {name} keeps one K for all. "
+            f"Fix K with {_SPARSIFY}; {_KEEP}"
+        )
+    if len(set(policy.get("score_weights", ()))) > 1:
+        raise UserError(
+            f"{where} has score_weights, which choose experts by p * weight; {name} chooses by p alone. Choose so with "
+            f"{_SPARSIFY}; {_KEEP}"
+        )
+    return policy["k"]
+
+
+def _check_removed(config: DSMoEConfig, target: str) -> None:
+    # attention experts were refused before
+    for layer in range(config.num_hidden_layers):
+        kept = config.num_kept_experts("mlp", layer)
+        if kept < config.num_experts:
+            raise UserError(
+                f"model.mlp_kept_experts[{layer}] stores {kept} of {config.num_experts} experts; {ARCHITECTURES[target]} "
+                f"stores all in every layer, and its router would choose the removed ones. Sparsify without removal; "
+                f"{_KEEP}"
+            )
 
 
 def _check_kind(config: DSMoEConfig, target: str) -> None:

@@ -1,9 +1,11 @@
 """The model: one transformers architecture that config turns into a dense twin, an SMoE or a DS-MoE."""
 
 from dsmoe.model.inputs import model_inputs
-from dsmoe.model.modeling import DSMoECausalLMOutput, DSMoEForCausalLM, DSMoEModel, DSMoEModelOutput
+from dsmoe.model.modeling import DSMoEForCausalLM, DSMoEModel
+from dsmoe.model.outputs import DSMoECausalLMOutput, DSMoEModelOutput
 from dsmoe.model.policy import set_routing, use_routing
 from dsmoe.model.recompute import set_recompute
+from dsmoe.model.removal import remove_experts
 from dsmoe.model.transformers_experts import wide_experts_forward
 
 __all__ = [
@@ -12,6 +14,7 @@ __all__ = [
     "DSMoEModel",
     "DSMoEModelOutput",
     "model_inputs",
+    "remove_experts",
     "set_recompute",
     "set_routing",
     "use_routing",

@@ -9,7 +9,7 @@ from dsmoe.model.wide import wide_experts
 
 
 class Experts(nn.Module):
-    """N MLPs of one shape, stacked.
+    """N MLPs of one shape, stacked; N counts those that the config keeps, where others were removed.
 
     In memory `gate_up_proj` is [N, 2F, D] (for gelu `up_proj` [N, F, D]) and `down_proj` [N, F, D]: flattening the
     first two dimensions gives the wide GEMM of dense mode, a slice gives one expert, both without a copy. On disk
@@ -23,7 +23,8 @@ class Experts(nn.Module):
     def __init__(self, config: DSMoEConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        num_experts, width, hidden = config.num_experts, config.moe_intermediate_size, config.hidden_size
+        num_experts = config.num_kept_experts("mlp", layer_idx)
+        width, hidden = config.moe_intermediate_size, config.hidden_size
         self.mlp_type = config.mlp_type
         self.recompute = False
         if self.mlp_type == "swiglu":
@@ -31,6 +32,11 @@ class Experts(nn.Module):
         else:
             self.up_proj = nn.Parameter(torch.empty(num_experts, width, hidden))
         self.down_proj = nn.Parameter(torch.empty(num_experts, width, hidden))
+
+    @property
+    def stacked(self) -> tuple[str, str]:
+        """Names of the stacked Parameters."""
+        return ("gate_up_proj" if self.mlp_type == "swiglu" else "up_proj", "down_proj")
 
     @property
     def input_proj(self) -> nn.Parameter:

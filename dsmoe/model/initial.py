@@ -5,6 +5,9 @@ twin, an SMoE and a DS-MoE of one seed start from the same values, however many 
 with uniform gates of one they are the same function: comparisons between them are paired.
 """
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -62,8 +65,29 @@ def initialise_linear(parameter: Tensor, std: float, role: str, layer_idx: int, 
     assign(parameter, draw(tuple(parameter.shape), std, role, layer_idx, parameter, part))
 
 
+class Stored(NamedTuple):
+    """Which experts of a layer have weights.
+
+    Attributes:
+        num_experts: N (or A), removed ones included: initial weights are drawn for all, whichever are stored.
+        kept: the stored ones; None: all.
+    """
+
+    num_experts: int
+    kept: Sequence[int] | None
+
+    def of(self, stack: Tensor) -> Tensor:
+        """The stored experts of a stack of all."""
+        return stack if self.kept is None else stack[list(self.kept)]
+
+
 def initialise_experts(
-    input_proj: Tensor, down_proj: Tensor, gated: bool, stds: tuple[float, float], layer_idx: int
+    input_proj: Tensor,
+    down_proj: Tensor,
+    gated: bool,
+    stds: tuple[float, float],
+    layer_idx: int,
+    stored: Stored,
 ) -> None:
     """Draw the experts' weights in the dense twin's order (all gate rows, then all up rows) and deal them out.
 
@@ -73,16 +97,24 @@ def initialise_experts(
         gated: whether H is made of gate rows and up rows (swiglu).
         stds: standard deviations of the two.
         layer_idx: the layer.
+        stored: which experts the two hold.
     """
-    num_experts, height, hidden = input_proj.shape
+    _, height, hidden = input_proj.shape
     parts = 2 if gated else 1
-    drawn = draw((parts, num_experts, height // parts, hidden), stds[0], "up", layer_idx, input_proj)
-    assign(input_proj, drawn.transpose(0, 1).reshape(input_proj.shape))
-    initialise_linear(down_proj, stds[1], "down", layer_idx)
+    shape = (parts, stored.num_experts, height // parts, hidden)
+    drawn = draw(shape, stds[0], "up", layer_idx, input_proj).transpose(0, 1)
+    assign(input_proj, stored.of(drawn).reshape(input_proj.shape))
+    down = draw((stored.num_experts, *down_proj.shape[1:]), stds[1], "down", layer_idx, down_proj)
+    assign(down_proj, stored.of(down))
 
 
 def initialise_heads(
-    q_proj: Tensor, o_proj: Tensor, heads_per_expert: int, stds: tuple[float, float], layer_idx: int
+    q_proj: Tensor,
+    o_proj: Tensor,
+    heads_per_expert: int,
+    stds: tuple[float, float],
+    layer_idx: int,
+    stored: Stored,
 ) -> None:
     """The same for attention experts: the twin's query heads stand in order of their KV head.
 
@@ -92,10 +124,11 @@ def initialise_heads(
         heads_per_expert: J; W = J * head_dim.
         stds: standard deviations of the two.
         layer_idx: the layer.
+        stored: which experts the two hold.
     """
-    experts, width, hidden = q_proj.shape
+    experts, (width, hidden) = stored.num_experts, q_proj.shape[1:]
     by_head = (heads_per_expert, experts, width // heads_per_expert, hidden)
     query = draw((experts * width, hidden), stds[0], "query", layer_idx, q_proj)
     output = draw((hidden, experts * width), stds[1], "output", layer_idx, o_proj).T
-    assign(q_proj, query.reshape(by_head).transpose(0, 1).reshape(q_proj.shape))
-    assign(o_proj, output.reshape(by_head).transpose(0, 1).reshape(o_proj.shape))
+    assign(q_proj, stored.of(query.reshape(by_head).transpose(0, 1)).reshape(q_proj.shape))
+    assign(o_proj, stored.of(output.reshape(by_head).transpose(0, 1)).reshape(o_proj.shape))

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 from dsmoe.config import DSMoEConfig
 from dsmoe.model.experts import Experts
 from dsmoe.model.router import Router
-from dsmoe.model.routing import gate_values, keep_experts
+from dsmoe.model.routing import route
 
 
 class MixtureMLP(nn.Module):
@@ -27,12 +27,6 @@ class MixtureMLP(nn.Module):
         x_TD = x_BSD.flatten(0, 1)
         if self.router is None:
             return self.experts(x_TD, None).view(x_BSD.shape), None
-        config = self.config
         logits_TN = self.router(x_TD)
-        probs_TN = logits_TN.softmax(-1)
-        expert_mask_TN = None
-        if not config.is_dense_layer("mlp", self.layer_idx):
-            expert_mask_TN = keep_experts(probs_TN, config.routing("mlp", self.layer_idx))
-        gates_TN = gate_values(probs_TN, expert_mask_TN, config.gate_normalization, config.mlp_gate_scale)
-        out_TD = self.experts(x_TD, gates_TN, expert_mask_TN)
+        out_TD = self.experts(x_TD, *route(logits_TN.softmax(-1), self.config, "mlp", self.layer_idx))
         return out_TD.view(x_BSD.shape), logits_TN.view(*x_BSD.shape[:2], -1)

@@ -4,7 +4,8 @@ Each attention expert has its own W_q and W_o and `num_key_value_heads` query he
 KV head j. Keys and values are computed and cached for every token, whatever the policy, so that later tokens can
 attend to them. Source: arXiv 2404.05567, section 3; arXiv 2210.05144 (MoA).
 
-Shapes: B batch, S positions, T = B * S, D hidden size, A experts, J heads of one expert, hd head_dim, W = J * hd.
+Shapes: B batch, S positions, T = B * S, D hidden size, A experts that are stored, J heads of one expert, hd head_dim,
+W = J * hd.
 """
 
 from types import SimpleNamespace
@@ -21,27 +22,32 @@ from dsmoe.model.grouped import grouped_linear, kept_pairs
 from dsmoe.model.norm import RMSNorm
 from dsmoe.model.rotary import rotate
 from dsmoe.model.router import Router
-from dsmoe.model.routing import gate_values, keep_experts
+from dsmoe.model.routing import route
 
 
 class MixtureOfHeads(KeyValueAttention):
     """Attention whose query heads are gated experts.
 
-    In memory `experts_q_proj` and `experts_o_proj` are [A, W, D]; on disk `experts_o_proj` is [A, D, W] (see
-    `dsmoe.model.weights`).
+    Only the experts that the config keeps have weights; the router scores all. In memory `experts_q_proj` and
+    `experts_o_proj` are [A, W, D]; on disk `experts_o_proj` is [A, D, W] (see `dsmoe.model.weights`).
     """
 
     q_norm: RMSNorm
+    stacked = ("experts_q_proj", "experts_o_proj")
 
     def __init__(self, config: DSMoEConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
-        self.num_experts = config.num_attention_experts
         self.heads_per_expert = config.num_key_value_heads
-        shape = (self.num_experts, self.heads_per_expert * self.head_dim, config.hidden_size)
+        num_kept = config.num_kept_experts("attention", layer_idx)
+        shape = (num_kept, self.heads_per_expert * self.head_dim, config.hidden_size)
         self.experts_q_proj = nn.Parameter(torch.empty(shape))
         self.experts_o_proj = nn.Parameter(torch.empty(shape))
         self.router = Router(
-            config.hidden_size, self.num_experts, config.router_hidden_size, "attention_router", layer_idx
+            config.hidden_size,
+            config.num_attention_experts,
+            config.router_hidden_size,
+            "attention_router",
+            layer_idx,
         )
 
     def forward(
@@ -52,14 +58,10 @@ class MixtureOfHeads(KeyValueAttention):
         past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> tuple[Tensor, Tensor | None, Tensor]:
-        """Attention output [B, S, D], weights where available, and router logits [B, S, A]."""
-        config = self.config
+        """Attention output [B, S, D], weights where available, and router logits [B, S, all experts]."""
         logits = self.router(x_BSD)
-        probs_TA = logits.softmax(-1).flatten(0, 1)
-        mask_TA = None
-        if not config.is_dense_layer("attention", self.layer_idx):
-            mask_TA = keep_experts(probs_TA, config.routing("attention", self.layer_idx))
-        gates_TA = gate_values(probs_TA, mask_TA, config.gate_normalization, config.attention_gate_scale)
+        probs = logits.softmax(-1).flatten(0, 1)
+        gates_TA, mask_TA = route(probs, self.config, "attention", self.layer_idx)
         call = _Call(
             *self.keys_and_values(x_BSD, *position_embeddings, past_key_values),
             position_embeddings,
@@ -96,7 +98,7 @@ class MixtureOfHeads(KeyValueAttention):
 
     def _all_heads(self, x_BSD: Tensor, gates_TA: Tensor, call: "_Call") -> tuple[Tensor, Tensor | None]:
         """Dense mode: one wide projection in, one wide projection out, gates on the heads in between."""
-        q_BSAW = (x_BSD @ self.experts_q_proj.flatten(0, 1).T).unflatten(-1, (self.num_experts, -1))
+        q_BSAW = (x_BSD @ self.experts_q_proj.flatten(0, 1).T).unflatten(-1, (gates_TA.shape[-1], -1))
         out, weights = self._attend_by_expert(q_BSAW, call)
         y_TD = gated_projection(out.flatten(0, 1), gates_TA, self.experts_o_proj)
         return y_TD.view(x_BSD.shape), weights
@@ -120,7 +122,7 @@ class MixtureOfHeads(KeyValueAttention):
         token_P, expert_P, counts = kept_pairs(mask_TA)
         x_TD = x_BSD.flatten(0, 1)
         q_PW = grouped_linear(x_TD[token_P].to(call.key.dtype), self.experts_q_proj, counts, "out_in")
-        q_TAW = q_PW.new_zeros(x_TD.shape[0], self.num_experts, q_PW.shape[-1])
+        q_TAW = q_PW.new_zeros(*mask_TA.shape, q_PW.shape[-1])
         q_TAW = q_TAW.index_put((token_P, expert_P), q_PW)
         out, weights = self._attend_by_expert(q_TAW.unflatten(0, x_BSD.shape[:2]), call)
         out_PW = out.flatten(0, 1)[token_P, expert_P] * gates_TA[token_P, expert_P, None].to(out.dtype)

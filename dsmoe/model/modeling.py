@@ -3,7 +3,6 @@
 Shapes: B batch, S positions, L layers, D hidden size, N experts, V vocabulary.
 """
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,56 +10,21 @@ from torch import Tensor, nn
 from transformers import Cache, DynamicCache, GenerationMixin, PreTrainedModel
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_layers import GradientCheckpointingLayer
-from transformers.utils import ModelOutput, can_return_tuple
+from transformers.utils import can_return_tuple
 from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from dsmoe.config import DSMoEConfig
 from dsmoe.model.attention import Attention, KeyValueAttention
 from dsmoe.model.experts import Experts
-from dsmoe.model.initial import initialise_experts, initialise_heads, initialise_linear, mark
+from dsmoe.model.initial import Stored, initialise_experts, initialise_heads, initialise_linear, mark
 from dsmoe.model.mlp import MixtureMLP
 from dsmoe.model.moa import MixtureOfHeads
 from dsmoe.model.norm import RMSNorm, rms_normalize
+from dsmoe.model.outputs import DSMoECausalLMOutput, DSMoEModelOutput
 from dsmoe.model.rotary import RotaryEmbedding
 from dsmoe.model.router import Router
 from dsmoe.model.weights import register_disk_layout
-
-
-@dataclass
-class DSMoEModelOutput(ModelOutput):
-    """What `DSMoEModel` returns.
-
-    Attributes:
-        last_hidden_state: [B, S, D].
-        past_key_values: the cache, where one is used.
-        hidden_states: L + 1 tensors [B, S, D], if asked for.
-        attentions: L tensors of attention weights, if asked for and given by the attention implementation.
-        router_logits: L tensors [B, S, N] of the MLP routers, at least float32; None in a dense twin.
-        attention_router_logits: L tensors [B, S, A] of the attention routers; None without attention experts.
-    """
-
-    last_hidden_state: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    attention_router_logits: tuple[Tensor, ...] | None = None
-
-
-@dataclass
-class DSMoECausalLMOutput(ModelOutput):
-    """What `DSMoEForCausalLM` returns: `loss` (language modelling alone, nats per token), `logits` [B, S, V], and
-    the fields of `DSMoEModelOutput`.
-    """
-
-    loss: Tensor | None = None
-    logits: Tensor | None = None
-    past_key_values: Cache | None = None
-    hidden_states: tuple[Tensor, ...] | None = None
-    attentions: tuple[Tensor, ...] | None = None
-    router_logits: tuple[Tensor, ...] | None = None
-    attention_router_logits: tuple[Tensor, ...] | None = None
 
 
 class DSMoEDecoderLayer(GradientCheckpointingLayer):
@@ -105,8 +69,14 @@ class DSMoEPreTrainedModel(PreTrainedModel):
         # projections into the residual stream: its variance then doesn't grow with depth (GPT-2)
         std_out = std / (2 * self.config.num_hidden_layers) ** 0.5
         if isinstance(module, Experts):
-            gated = module.mlp_type == "swiglu"
-            initialise_experts(module.input_proj, module.down_proj, gated, (std, std_out), module.layer_idx)
+            initialise_experts(
+                module.input_proj,
+                module.down_proj,
+                module.mlp_type == "swiglu",
+                (std, std_out),
+                module.layer_idx,
+                self._stored("mlp", module.layer_idx),
+            )
         elif isinstance(module, MixtureOfHeads):
             initialise_heads(
                 module.experts_q_proj,
@@ -114,6 +84,7 @@ class DSMoEPreTrainedModel(PreTrainedModel):
                 module.heads_per_expert,
                 (std, std_out),
                 module.layer_idx,
+                self._stored("attention", module.layer_idx),
             )
         elif isinstance(module, Router):
             stds = [std] * len(list(module.parameters()))
@@ -127,6 +98,9 @@ class DSMoEPreTrainedModel(PreTrainedModel):
             initialise_linear(module.weight, std, role, int(module.initial_layer))  # type: ignore[arg-type]
         else:
             super()._init_weights(module)
+
+    def _stored(self, part: str, layer: int) -> Stored:
+        return Stored(self.config.num_experts_of(part), self.config.kept_experts(part, layer))
 
 
 class DSMoEModel(DSMoEPreTrainedModel):

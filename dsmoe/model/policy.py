@@ -18,9 +18,9 @@ def set_routing(
         UserError: the policy doesn't fit the model.
     """
     config = model.config
-    num_experts = config.num_experts if part == "mlp" else config.num_attention_experts
-    policies = policies_per_layer(policy, config.num_hidden_layers, num_experts, f"{part}_routing")
-    setattr(config, f"{part}_routing", policies)
+    name, kept = f"{part}_routing", getattr(config, f"{part}_kept_experts")
+    policies = policies_per_layer(policy, config.num_hidden_layers, config.num_experts_of(part), name, kept)
+    setattr(config, name, policies)
 
 
 @contextmanager
