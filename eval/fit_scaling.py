@@ -27,7 +27,6 @@ def run(args: argparse.Namespace) -> None:
     content = as_json(fit, [])
     content["notes"] += notes
     report = human_report(content)
-    print(report)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_json(folder / "law.json", content)
@@ -46,6 +45,7 @@ def run(args: argparse.Namespace) -> None:
             },
             overwrite=args.overwrite,
         )
+    print(f"{report}\nwritten to {args.output}")
 
 
 def main() -> int:
