@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsmoe.errors import UserError
 from dsmoe.model.kernels import (
+    build,
     check,
     compiled,
     cpp,
@@ -288,11 +289,11 @@ def test_a_compiler_that_fails_is_reported(no_compiler, monkeypatch, tmp_path):
 
 def test_a_damaged_library_is_replaced_and_then_kept(cpp_kernel, monkeypatch, tmp_path):
     try:
-        cpp._compiler()
+        build.compiler()
     except check.KernelUnavailable as reason:
         pytest.skip(str(reason))
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
-    library = cpp._cache_path()
+    library = build.cache_path(cpp.SOURCE)
     library.write_bytes(b"half a library")
     cpp.probe("cpu")
     assert [library] == list(library.parent.iterdir())

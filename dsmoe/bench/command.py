@@ -2,7 +2,6 @@
 
 import argparse
 import json
-import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -14,7 +13,7 @@ from tqdm import tqdm
 
 from dsmoe.bench.contestants import DTYPES
 from dsmoe.bench.tables import growth_plot, result_table
-from dsmoe.bench.timing import threads_in_use
+from dsmoe.bench.timing import checked_threads, threads_in_use, usable_cores
 from dsmoe.bench.training import (
     FULL,
     QUICK,
@@ -99,10 +98,7 @@ def run(args: argparse.Namespace) -> None:
         if args.rounds < 1:
             raise UserError(f"--rounds is {args.rounds}; it must be at least 1")
         plan = replace(plan, rounds=args.rounds)
-    usable = _usable_cores()
-    for count in args.threads:
-        if not 1 <= count <= usable:
-            raise UserError(f"--threads has {count}; this machine lets the process use 1 to {usable} cores")
+    threads = checked_threads(args.threads)
     # no total: implementations that don't run here, and slow ones, take fewer steps
     with tqdm(unit=" steps", disable=None, file=sys.stderr) as bar:
 
@@ -110,7 +106,7 @@ def run(args: argparse.Namespace) -> None:
             bar.set_description(case, refresh=False)
             bar.update()
 
-        results = measure(plan, args.threads, advance)
+        results = measure(plan, threads, advance)
     if args.plot:
         growth_plot(results["growth"], args.plot)
     if args.json == "-":
@@ -119,10 +115,6 @@ def run(args: argparse.Namespace) -> None:
     print(result_table(results))
     if args.json:
         write_json(args.json, results)
-
-
-def _usable_cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -142,7 +134,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw how the cost grows")
     parser.add_argument(
-        "--threads", type=int, nargs="+", default=list(range(1, min(2, _usable_cores()) + 1)), metavar="N",
+        "--threads", type=int, nargs="+", default=list(range(1, min(2, usable_cores()) + 1)), metavar="N",
         help="numbers of threads, measured one after the other (default: 1 and, with two cores, 2)",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, metavar="R", help="timed rounds of each case (default: 15)")

@@ -2,6 +2,7 @@
 
 import gc
 import os
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -9,6 +10,26 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+
+from dsmoe.errors import UserError
+
+
+def usable_cores() -> int:
+    """Cores that the system lets this process use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def checked_threads(threads: Sequence[int]) -> Sequence[int]:
+    """Numbers of threads as given on a command line.
+
+    Raises:
+        UserError: one of them is more than there are cores, or less than one.
+    """
+    usable = usable_cores()
+    for count in threads:
+        if not 1 <= count <= usable:
+            raise UserError(f"--threads has {count}; this machine lets the process use 1 to {usable} cores")
+    return threads
 
 
 @contextmanager
@@ -42,6 +63,7 @@ def interleaved_seconds(
     rounds: int,
     rounds_of: Mapping[str, int] | None = None,
     advance: Callable[[], Any] = lambda: None,
+    shuffle: bool = False,
 ) -> dict[str, list[float]]:
     """Wall-clock seconds of each contestant, taken in turns so that a change of the machine's speed meets all.
 
@@ -50,16 +72,21 @@ def interleaved_seconds(
         rounds: timed rounds; one more before them isn't counted.
         rounds_of: fewer rounds of contestants that are too slow for all.
         advance: called after each step (a progress bar).
+        shuffle: another order each round, the same in every run. A step of microseconds is slower right after one
+            that has filled the caches, so that in a fixed order the place would count.
 
     Returns:
         Name to seconds of each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order, generator = list(steps.items()), random.Random(0)
     gc.collect()
     gc.disable()
     try:
         for number in range(-1, rounds):
-            for name, step in steps.items():
+            if shuffle:
+                generator.shuffle(order)
+            for name, step in order:
                 if number >= (rounds_of or {}).get(name, rounds):
                     continue
                 start = time.perf_counter()

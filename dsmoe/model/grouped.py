@@ -1,6 +1,8 @@
 """The sparse expert path: only the kept (token, expert) pairs are computed.
 
-Pairs are sorted by expert, so that each expert sees one contiguous block of rows.
+Without gradients a kernel does it in one call (see `dsmoe.model.kernels.inference`). Otherwise, and where that kernel
+can't be had, pairs are sorted by expert, so that each expert sees one contiguous block of rows. To torch.compile the
+layer is one opaque operation: its shapes depend on the mask's values.
 
 Shapes: T tokens, P kept pairs, N experts, D hidden size, F hidden units of one expert, H = 2F (swiglu) or F.
 """
@@ -12,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe.model.kernels import eager
+from dsmoe.model.kernels import eager, inference_experts
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -100,10 +102,22 @@ def grouped_experts(
         [T, D], in autocast's dtype where autocast is on, otherwise in that of `x_TD`.
     """
     device = x_TD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
-    with torch.autocast(device, enabled=False):
+    if torch.is_autocast_enabled(device):
+        x_TD = x_TD.to(torch.get_autocast_dtype(device))
+    given = (x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return torch.ops.dsmoe.grouped_experts(*given)
+    y_TD = inference_experts(*given)
+    return _portable(*given) if y_TD is None else y_TD
+
+
+def _portable(
+    x_TD: Tensor, gates_TN: Tensor, expert_mask_TN: Tensor, up_NHD: Tensor, down_NFD: Tensor, mlp_type: str
+) -> Tensor:
+    dtype = x_TD.dtype
+    with torch.autocast(x_TD.device.type, enabled=False):
         token_P, expert_P, counts = kept_pairs(expert_mask_TN)
-        x_PD = x_TD.to(dtype)[token_P]
+        x_PD = x_TD[token_P]
         gates_P = gates_TN[token_P, expert_P].to(dtype)
         h_PH = grouped_linear(x_PD, up_NHD, counts, "out_in")
         act_PF = eager.forward(h_PH[:, None], gates_P[:, None], mlp_type)[:, 0]
@@ -111,3 +125,19 @@ def grouped_experts(
         # sums of half-precision outputs are taken in float32, as a wide GEMM does
         total = torch.zeros(x_TD.shape, dtype=torch.promote_types(dtype, torch.float32), device=x_TD.device)
         return total.index_add(0, token_P, y_PD.to(total.dtype)).to(dtype)
+
+
+@torch.library.custom_op("dsmoe::grouped_experts", mutates_args=())
+def _operation(
+    x_TD: Tensor, gates_TN: Tensor, expert_mask_TN: Tensor, up_NHD: Tensor, down_NFD: Tensor, mlp_type: str
+) -> Tensor:
+    given = (x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+    y_TD = inference_experts(*given)
+    return _portable(*given) if y_TD is None else y_TD
+
+
+@_operation.register_fake
+def _(
+    x_TD: Tensor, gates_TN: Tensor, expert_mask_TN: Tensor, up_NHD: Tensor, down_NFD: Tensor, mlp_type: str
+) -> Tensor:
+    return torch.empty_like(x_TD)

@@ -6,6 +6,7 @@ of its expert before the down projection. So dense training needs no grouped GEM
 Tokens are taken in blocks: what a GEMM has just written is then still in the cache when the activation reads it, and
 large temporaries (which malloc gives back to the system and must fault in again each time) don't arise. With
 `recompute` the pre-activations aren't kept for the backward pass: it computes them again, block by block.
+Few tokens without gradients are bound by the reading of weights, which a kernel does faster than GEMMs.
 
 Shapes: T tokens, D hidden size, N experts, F hidden units of one expert, H = 2F (swiglu) or F (gelu), W = N * F,
 C tokens of a block.
@@ -18,7 +19,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dsmoe.model.kernels import gated_activation, gated_activation_backward
+from dsmoe.model.kernels import gated_activation, gated_activation_backward, inference_experts
+from dsmoe.model.kernels.inference import MOST_TOKENS_OF_ALL_EXPERTS
 
 # A block's pre-activations take about this many bytes, and a block has at least so many tokens: GEMMs of fewer rows
 # are slower, and each block adds to the weights' gradients.
@@ -221,6 +223,11 @@ def wide_experts(
     assert down_layout in ("NFD", "NDF"), down_layout
     device = x_TD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+    if x_TD.shape[0] <= MOST_TOKENS_OF_ALL_EXPERTS and not torch.compiler.is_compiling():
+        down_NFD = down if down_layout == "NFD" else down.transpose(1, 2)
+        y_TD = inference_experts(x_TD.to(dtype), gates_TN, None, up_NHD, down_NFD, mlp_type)
+        if y_TD is not None:
+            return y_TD
     if block_tokens is None:
         block_tokens = _default_block_tokens(x_TD, up_NHD.shape[0] * up_NHD.shape[1], dtype, recompute)
     setting = _Setting(mlp_type, dtype, down_layout, recompute, _blocks(x_TD.shape[0], block_tokens))

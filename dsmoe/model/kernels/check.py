@@ -49,6 +49,49 @@ def against_eager(
             raise KernelUnavailable(f"its numbers are wrong here ({mlp_type}, {dtype}: error {error:.1e})")
 
 
+def experts_definition(
+    x_TD: Tensor,
+    gates_TN: Tensor | None,
+    expert_mask_TN: Tensor | None,
+    up_NHD: Tensor,
+    down_NFD: Tensor,
+    mlp_type: str,
+) -> Tensor:
+    """What `inference.forward` stands for, in float64: all experts of all tokens, dropped ones times zero."""
+    shape = (x_TD.shape[0], up_NHD.shape[0])
+    gates = torch.ones(shape, dtype=torch.float64, device="cpu") if gates_TN is None else gates_TN.double()
+    if expert_mask_TN is not None:
+        gates = gates.where(expert_mask_TN, 0.0)
+    h_TNH = torch.einsum("td,nhd->tnh", x_TD.double(), up_NHD.double())
+    return torch.einsum("tnf,nfd->td", eager.forward(h_TNH, gates, mlp_type), down_NFD.double())
+
+
+def experts_against_definition(forward: Callable[..., Tensor], dtypes: Iterable[torch.dtype]) -> None:
+    """Compare an expert kernel with its definition, with few and many tokens and sizes that are no round numbers.
+
+    Args:
+        forward: stands for `inference.forward`.
+        dtypes: of the tensors.
+
+    Raises:
+        KernelUnavailable: names the case and its error.
+    """
+    generator = torch.Generator().manual_seed(0)
+    num_experts, width, hidden = 3, 13, 70
+    for dtype, mlp_type, tokens in itertools.product(dtypes, ("swiglu", "gelu"), (2, 23)):
+        h_width = 2 * width if mlp_type == "swiglu" else width
+        shapes = ((tokens, hidden), (num_experts, h_width, hidden), (num_experts, width, hidden))
+        x, up, down = (_normal(shape, generator).to(dtype) for shape in shapes)
+        gates = _normal((tokens, num_experts), generator)
+        for mask in (None, gates > -0.5):
+            given = (x, gates, mask, up / hidden**0.5, down, mlp_type)
+            error = _error(forward(*given), experts_definition(*given))
+            if not error < _TOLERANCES[dtype]:
+                raise KernelUnavailable(
+                    f"its numbers are wrong here ({mlp_type}, {dtype}: error {error:.1e})"
+                )
+
+
 def _normal(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
     # device and dtype are given in full: defaults may have been changed around the first use
     return torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)

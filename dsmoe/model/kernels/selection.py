@@ -1,8 +1,9 @@
-"""Which kernel computes the gated activation: DSMOE_KERNEL=auto|eager|compile|cpp, read at first use.
+"""Which kernels compute: DSMOE_KERNEL=auto|eager|compile|cpp, read at first use.
 
-`auto` takes cpp on CPU and compile on CUDA (untested: no GPU was at hand), and eager with a warning
-where that kernel can't be had. A kernel that is asked for by name and can't be had is an error.
-float64, and tensors that stand for others (meta, fake), always go through eager.
+Of the gated activation, `auto` takes cpp on CPU and compile on CUDA (untested: no GPU was at hand), and eager with a
+warning where that kernel can't be had. Of the experts without gradients, `auto` and `cpp` take cpp on CPU; elsewhere,
+and with every other choice, they are plain torch operations. A kernel that is asked for by name and can't be had is an
+error. float64, and tensors that stand for others (meta, fake), always go through torch operations.
 """
 
 import logging
@@ -15,7 +16,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import is_in_torch_dispatch_mode
 
 from dsmoe.errors import UserError
-from dsmoe.model.kernels import compiled, cpp, eager
+from dsmoe.model.kernels import compiled, cpp, eager, inference
 from dsmoe.model.kernels.check import KernelUnavailable
 
 VARIABLE = "DSMOE_KERNEL"
@@ -23,11 +24,16 @@ _KERNELS: dict[str, Any] = {kernel.NAME: kernel for kernel in (eager, compiled, 
 _CHOICES = ("auto", *_KERNELS)
 _AUTO = {"cpu": cpp.NAME, "cuda": compiled.NAME}
 
-_SLOWER = "results agree, dense training is slower (on CPU by 5 to 10%)"
+_SLOWER = (
+    "results agree, dense training is slower (on CPU by 5 to 10%), and so are inference with kept experts "
+    "and decoding (2 to 6 times)"
+)
 
 _logger = logging.getLogger(__name__)
 _lock = threading.Lock()
 _kernel_of_device: dict[str, Any] = {}
+_inference_of_device: dict[str, Any] = {}
+_warned: set[str] = set()
 
 
 def selected_kernel(device_type: str = "cpu") -> str:
@@ -46,6 +52,8 @@ def reset_kernel() -> None:
     """Forget the choice, so that DSMOE_KERNEL is read again (for tests)."""
     with _lock:
         _kernel_of_device.clear()
+        _inference_of_device.clear()
+        _warned.clear()
 
 
 def gated_activation(h_TNH: Tensor, gates_TN: Tensor | None, mlp_type: str) -> Tensor:
@@ -58,6 +66,32 @@ def gated_activation_backward(
 ) -> tuple[Tensor, Tensor | None, Tensor]:
     """See `eager.backward`."""
     return _kernel_for(h_TNH, gates_TN).backward(grad_TNF, h_TNH, gates_TN, mlp_type)
+
+
+def inference_kernel(device_type: str = "cpu") -> str | None:
+    """Name of the kernel of experts without gradients for tensors of a device: "cpp", or None for torch operations.
+
+    Raises:
+        UserError: as `selected_kernel`.
+    """
+    kernel = _inference_kernel(device_type)
+    return None if kernel is None else kernel.NAME
+
+
+def inference_experts(
+    x_TD: Tensor,
+    gates_TN: Tensor | None,
+    expert_mask_TN: Tensor | None,
+    up_NHD: Tensor,
+    down_NFD: Tensor,
+    mlp_type: str,
+) -> Tensor | None:
+    """See `inference.forward`; None where a gradient is wanted or no kernel covers the tensors."""
+    if torch.compiler.is_compiling() or not inference.is_covered(x_TD, gates_TN, up_NHD, down_NFD):
+        return None
+    if _inference_kernel("cpu") is None:
+        return None
+    return inference.forward(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
 
 
 def _kernel_for(h_TNH: Tensor, gates_TN: Tensor | None) -> Any:
@@ -84,24 +118,45 @@ def _kernel(device_type: str) -> Any:
     return kernel
 
 
-def _choose(device_type: str) -> Any:
+def _inference_kernel(device_type: str) -> Any:
+    try:
+        return _inference_of_device[device_type]
+    except KeyError:
+        with _lock:
+            if device_type not in _inference_of_device:
+                covered = device_type == "cpu" and _choice() in ("auto", inference.NAME)
+                _inference_of_device[device_type] = _probed(inference, device_type) if covered else None
+            return _inference_of_device[device_type]
+
+
+def _choice() -> str:
     choice = os.environ.get(VARIABLE) or "auto"
     if choice not in _CHOICES:
         raise UserError(f"{VARIABLE}={choice!r} is no kernel; it is one of {', '.join(_CHOICES)}")
+    return choice
+
+
+def _choose(device_type: str) -> Any:
+    choice = _choice()
     name = _AUTO.get(device_type, eager.NAME) if choice == "auto" else choice
     if name == eager.NAME:
         return eager
+    return _probed(_KERNELS[name], device_type) or eager
+
+
+def _probed(kernel: Any, device_type: str) -> Any:
+    """The kernel, or None (with a warning) if it can't be had."""
     try:
-        _KERNELS[name].probe(device_type)
+        kernel.probe(device_type)
     except KernelUnavailable as reason:
+        choice = _choice()
         if choice != "auto":
             raise UserError(
                 f"{VARIABLE}={choice} can't be had: {reason}; auto falls back to eager"
             ) from reason
-        # once a machine, not once a process of torchrun
-        if os.environ.get("LOCAL_RANK", "0") == "0":
-            _logger.warning(
-                "gated activation: kernel eager instead of %s, because %s; %s", name, reason, _SLOWER
-            )
-        return eager
-    return _KERNELS[name]
+        # one line for all kernels that lack the same, once a machine, not once a process of torchrun
+        if os.environ.get("LOCAL_RANK", "0") == "0" and str(reason) not in _warned:
+            _warned.add(str(reason))
+            _logger.warning("kernels: eager instead of %s, because %s; %s", kernel.NAME, reason, _SLOWER)
+        return None
+    return kernel

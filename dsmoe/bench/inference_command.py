@@ -1,0 +1,143 @@
+"""The command line of the inference benchmark."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tqdm import tqdm
+
+from dsmoe.bench.inference import FULL, QUICK, InferencePlan, measure_layer
+from dsmoe.bench.inference_contestants import DTYPES
+from dsmoe.bench.inference_tables import result_table
+from dsmoe.bench.timing import checked_threads, threads_in_use, usable_cores
+from dsmoe.environment import describe
+from dsmoe.errors import UserError, run_reporting_errors
+from dsmoe.files import write_json
+from dsmoe.model.kernels import inference_kernel
+from dsmoe.trainer.matmul import choose_float32_matmul
+
+PARTS = ("decode", "prefill")
+EXAMPLES = """examples:
+  python eval/bench_inference.py
+  python eval/bench_inference.py --json results.json
+  python eval/bench_inference.py --only decode --threads 1 --json -
+  python eval/bench_inference.py --record eval/records/inference-layers
+  python eval/bench_inference.py --quick
+Times depend on what else the machine does: run it on a quiet one. Verdicts use ratios alone.
+"""
+
+
+def measure(
+    plan: InferencePlan, parts: Sequence[str], threads: Sequence[int], advance: Callable[[str], Any]
+) -> dict[str, Any]:
+    """Run the benchmark.
+
+    Args:
+        plan: what is measured.
+        parts: of PARTS.
+        threads: numbers of threads.
+        advance: called with the name of the case after each timed step.
+
+    Returns:
+        The results as written by `--json`.
+    """
+    torch.manual_seed(0)
+    mode = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
+    results: dict[str, Any] = {
+        "float32_matmul": choose_float32_matmul("auto"),
+        "kernel": inference_kernel(),
+        "decode_rounds": plan.decode_rounds,
+        "prefill_rounds": plan.prefill_rounds,
+        "layers": [],
+        "model": None,
+    }
+    try:
+        for count in threads:
+            with threads_in_use(count) as cores:
+                for sizes in plan.layers:
+                    for dtype_name in DTYPES:
+                        shown = f"d{sizes[0]} {dtype_name}, {count} thread{'s' if count > 1 else ''}"
+                        rows = measure_layer(sizes, dtype_name, plan, parts, partial(advance, shown))
+                        results["layers"] += [{**row, "threads": count, "cores": cores} for row in rows]
+    finally:
+        torch.backends.mkldnn.matmul.fp32_precision = mode  # type: ignore[attr-defined]
+    return {**results, **describe()}
+
+
+def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
+    """Measure, print the table or JSON, write the record."""
+    plan = QUICK if args.quick else FULL
+    if args.rounds is not None:
+        if args.rounds < 1:
+            raise UserError(f"--rounds is {args.rounds}; it must be at least 1")
+        plan = replace(plan, decode_rounds=args.rounds, prefill_rounds=args.rounds)
+    if args.record and args.record.exists() and not args.overwrite:
+        raise UserError(f"--record {args.record}: it exists already; --overwrite replaces it")
+    threads = checked_threads(args.threads)
+    # no total: implementations that don't run here take no steps
+    with tqdm(unit=" steps", disable=None, file=sys.stderr) as bar:
+
+        def advance(case: str) -> None:
+            bar.set_description(case, refresh=False)
+            bar.update()
+
+        results = measure(plan, args.only or PARTS, threads, advance)
+    table = result_table(results)
+    print(json.dumps(results, indent=2) if args.json == "-" else table)
+    if args.json and args.json != "-":
+        write_json(args.json, results)
+    if args.record:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder) / "results.json"
+            write_json(file, results)
+            write_record(
+                args.record,
+                title="Inference of expert layers: kept experts against all, dense and transformers",
+                command=f"python eval/bench_inference.py --record {args.record.name}",
+                conclusion=table,
+                files=[file],
+                overwrite=args.overwrite,
+            )
+
+
+def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run.
+
+    Args:
+        write_record: `dsmoe.records.write_record`, which is above this package.
+        argv: arguments; None: those of the process.
+    """
+    parser = argparse.ArgumentParser(
+        prog="python eval/bench_inference.py",
+        description=(
+            "Time of expert layers in inference: kept experts (top-K and threshold) against all experts, a dense "
+            "layer and transformers' experts, interleaved, on pinned threads, with cold weights in decoding."
+        ),
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write the results as JSON; - prints JSON instead of the table"
+    )
+    parser.add_argument("--record", type=Path, metavar="DIR", help="also write a record")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="of decode, prefill")
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=list(range(1, min(2, usable_cores()) + 1)), metavar="N",
+        help="numbers of threads, measured one after the other (default: 1 and, with two cores, 2)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--rounds", type=int, metavar="R", help="timed rounds of each case (default: decode 100, prefill 15)"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes and few rounds, to see that it works"
+    )
+    return run_reporting_errors(lambda: run(parser.parse_args(argv), write_record))

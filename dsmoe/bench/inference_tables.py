@@ -1,0 +1,72 @@
+"""The inference benchmark as a table for people."""
+
+from collections.abc import Mapping
+from typing import Any
+
+# largest active bytes of a decoding step at which fixed costs are allowed to show
+_SMALL_BYTES = 5_000_000
+
+
+def goal(row: Mapping[str, Any]) -> tuple[float, float] | None:
+    """The largest ratio and the smallest speedup over transformers that are claimed for a row, where there is a claim.
+
+    The ratio is to all experts in decoding, to the dense layer in prefill. A threshold has the same claims as top-K,
+    10% apart.
+    """
+    bf16 = row["dtype"] == "bf16"
+    slack = 1.1 if row["policy"] == "threshold" else 1.0
+    share = row["k"] / row["num_experts"]
+    if row["phase"] == "prefill":
+        factor = 2.0 if bf16 and row["k"] == 4 else 1.5
+        return slack * factor * share, 2.2 / slack
+    if row["k"] != 4:
+        return None
+    if row["batch"] == 1:
+        factor = 1.15 if row["active_bytes"] >= _SMALL_BYTES else 1.4
+        return slack * factor * share, (8 if bf16 else 5) / slack
+    return slack * 0.66, (5 if bf16 else 2.5) / slack
+
+
+def result_table(results: Mapping[str, Any]) -> str:
+    """Every layer of a run as Markdown tables; a star marks what misses its goal.
+
+    Args:
+        results: of `dsmoe.bench.inference_command.measure`.
+    """
+    lines = [
+        "Ratios are medians over interleaved rounds. All: our path for all experts; dense: nn.Linear SwiGLU of equal "
+        "width. Ideal: share of the weights that are read (decode) or of the arithmetic (prefill).",
+        f"float32 matrix products in oneDNN's {results['float32_matmul']} mode on all sides; experts: "
+        f"{results['kernel'] or 'torch operations'}.",
+        "",
+        "| layer | phase | batch | policy | threads | ideal | time / all | time / dense | time / top-K "
+        "| x transformers (best) | % of ceiling (all experts) | us |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    lines += [_line(row) for row in results["layers"]]
+    notes = {
+        f"transformers {peer}: {note}"
+        for row in results["layers"]
+        for peer, note in row["transformers_notes"].items()
+    }
+    return "\n".join([*lines, "", *sorted(notes)]).rstrip()
+
+
+def _line(row: Mapping[str, Any]) -> str:
+    prefill = row["phase"] == "prefill"
+    ceiling = "gemm_ceiling" if prefill else "read_bandwidth"
+    claimed = goal(row)
+    ratio = row["time_ratio_to_dense" if prefill else "time_ratio_to_all_experts"]
+    missed = "*" if claimed and ratio > claimed[0] else ""
+    speedup = row["speedup_over_transformers"]
+    slow = "*" if claimed and speedup is not None and speedup < claimed[1] else ""
+    peer = row["best_transformers_implementation"]
+    seconds = sorted(row["seconds"][row["policy"]])
+    return (
+        f"| {row['case']} {row['dtype']} | {row['phase']} | {row['tokens']} | {row['policy']} | {row['threads']} "
+        f"| {row['ideal_ratio']:.3f} | {row['time_ratio_to_all_experts']:.3f}{'' if prefill else missed} "
+        f"| {row['time_ratio_to_dense']:.3f}{missed if prefill else ''} | {row['time_ratio_to_top_k']:.2f} "
+        f"| {'-' if speedup is None else f'{speedup:.1f}{slow} ({peer})'} "
+        f"| {100 * row[f'share_of_{ceiling}']:.0f} ({100 * row[f'all_experts_share_of_{ceiling}']:.0f}) "
+        f"| {1e6 * seconds[len(seconds) // 2]:.0f} |"
+    )
