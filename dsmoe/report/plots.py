@@ -15,7 +15,7 @@ from matplotlib.figure import Figure
 COLOURS = {"dense": "#1f3b73", "dense-active": "#8aa1c9", "dsmoe": "#d1495b", "dsmoe-sparse": "#edae49"}
 
 
-def _save(figure: Figure, path: str | Path) -> None:
+def save_figure(figure: Figure, path: str | Path) -> None:
     """Write beside and rename."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -52,7 +52,7 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
         axes.grid(alpha=0.3)
     left.set_ylabel("nats per token")
     left.legend()
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def _smoothed(values: np.ndarray, weight: float = 0.8) -> np.ndarray:
@@ -114,7 +114,7 @@ def quality_against_active(
     axes.margins(0.1)
     axes.grid(alpha=0.3)
     axes.legend(fontsize=9)
-    _save(figure, path)
+    save_figure(figure, path)
 
 
 def expert_use(report: Mapping[str, Any], path: str | Path) -> None:
@@ -148,4 +148,4 @@ def expert_use(report: Mapping[str, Any], path: str | Path) -> None:
     right.set_xticks(np.arange(0, shares.shape[1], max(1, shares.shape[1] // 8)))
     right.set_title("share of tokens that keep the expert", fontsize=10)
     figure.colorbar(image, ax=right)
-    _save(figure, path)
+    save_figure(figure, path)

@@ -11,25 +11,22 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from dsmoe.checkpoint.pretrained import load_pretrained
-from dsmoe.config.routing import POLICY_NAMES
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.data.documents import read_texts
 from dsmoe.data.windows import evaluation_batches, text_batches
 from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM, set_routing
-from dsmoe.sparsify.measure import measure
+from dsmoe.sparsify.arguments import EPILOG, add_arguments
+from dsmoe.sparsify.budget import calibrated
+from dsmoe.sparsify.calibration import CalibrationText, sample_corpus, sample_documents
+from dsmoe.sparsify.measure import ActiveExperts, measure
 from dsmoe.sparsify.policies import PolicyRequest, resolve
+from dsmoe.sparsify.unused import remove_unused
 from dsmoe.sparsify.write import human_report, sparsity_report, write_sparse
 
-EPILOG = """examples:
-  dsmoe sparsify runs/dsmoe/final --policy threshold --threshold 0.48 --data DATA --output runs/dsmoe-sparse
-  dsmoe sparsify runs/dsmoe/final --policy threshold --target-active 0.33 --text calibration.jsonl --output DIR
-  dsmoe sparsify runs/dsmoe/final --policy top_k --k 5 --output DIR
-  dsmoe sparsify runs/dsmoe/final --policy top_k --k 8,5,4,5 --output DIR          one K per layer
-  dsmoe sparsify runs/dsmoe/final --policy threshold_top_k --threshold 0.48 --text calibration.jsonl --output DIR
-
-The attention experts of a model that has them follow the same threshold or top_p, and keep all under top_k, as in
-arXiv 2404.05567; --attention-policy says otherwise."""
+# a policy by hand -> what it can't be combined with
+_ONLY_BY_HAND = ("threshold", "k", "top_p", "attention_policy", "attention_threshold", "attention_k")
+_GOALS = ("max_loss_increase", "target_active", "max_flops_per_token")
 
 
 def add_parser(subparsers: Any) -> None:
@@ -38,47 +35,51 @@ def add_parser(subparsers: Any) -> None:
         "sparsify", help="give a densely trained checkpoint a routing policy", description=__doc__, epilog=EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
-    parser.add_argument("checkpoint", type=Path, help="model folder, or folder of a finished run")
-    parser.add_argument("--output", type=Path, required=True, help="folder to write")
-    parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
-    parser.add_argument("--policy", required=True, choices=POLICY_NAMES, help="policy of the MLP experts")
-    parser.add_argument(
-        "--threshold", type=_list_of(float), help="keep experts with N * p above this; one or one per layer"
-    )
-    parser.add_argument(
-        "--target-active", type=float, help="find the global threshold for this share of active MLP experts"
-    )
-    parser.add_argument(
-        "--k", type=_list_of(int), help="experts per token; one or one per layer, comma-separated"
-    )
-    parser.add_argument("--top-p", type=float, help="probability mass to keep")
-    parser.add_argument("--attention-policy", choices=POLICY_NAMES, help="policy of the attention experts")
-    parser.add_argument(
-        "--attention-threshold", type=_list_of(float), help="as --threshold (default: the same)"
-    )
-    parser.add_argument("--attention-k", type=_list_of(int), help="as --k")
-    text = parser.add_mutually_exclusive_group()
-    text.add_argument("--text", type=Path, help="text to measure on (.jsonl, .parquet, .txt, also gzipped)")
-    text.add_argument("--data", type=Path, help="token folder to measure on (its validation split)")
-    parser.add_argument("--split", default="validation", help="split of --data (default: %(default)s)")
-    parser.add_argument(
-        "--max-tokens", type=int, default=50_000, help="tokens to measure on (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--sequence-length", type=int, default=256, help="tokens of a window (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--batch-size", type=int, default=16, help="windows of a batch (default: %(default)s)"
-    )
-    parser.add_argument("--json", action="store_true", help="print the report as JSON")
+    add_arguments(parser)
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> None:
     """Sparsify as the arguments say; raises UserError on bad input, before anything is written."""
+    _check(args)
+    model, folder = load_pretrained(args.checkpoint, torch.float32)
+    found = (
+        _by_hand(args, model, folder)
+        if args.policy
+        else calibrated(args, model, _sample(args, model, folder))
+    )
+    write_sparse(model, found, args.output, folder, args.overwrite)
+    print(json.dumps(found, indent=2) if args.json else human_report(found))
+    if not args.json:
+        print(f"written to {args.output}")
+
+
+def _check(args: argparse.Namespace) -> None:
     if args.output.exists() and any(args.output.iterdir()) and not args.overwrite:
         raise UserError(f"{args.output}: the folder is not empty; name another one or pass --overwrite")
-    model, folder = load_pretrained(args.checkpoint, torch.float32)
+    for name in ("max_tokens", "sequence_length", "batch_size"):
+        if getattr(args, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    if args.remove_unused is not None and not 0 <= args.remove_unused < 1:
+        raise UserError(
+            f"--remove-unused {args.remove_unused}: must be a share of the tokens, from 0 to below 1"
+        )
+    goals = [name for name in _GOALS if getattr(args, name) is not None]
+    if args.policy is None and len(goals) != 1:
+        options = ", ".join(f"--{name.replace('_', '-')}" for name in _GOALS)
+        raise UserError(f"give one of {options} (found by calibration), or --policy (by hand)")
+    if args.policy is not None:
+        mixed = [name for name in goals if name != "target_active"]
+        mixed += ["family"] * (args.family != "auto") + ["score"] * (args.score != "gate")
+    else:
+        mixed = [name for name in _ONLY_BY_HAND if getattr(args, name) is not None]
+    if mixed:
+        option = f"--{mixed[0].replace('_', '-')}"
+        raise UserError(f"{option} goes {'without' if args.policy else 'only with'} --policy")
+
+
+def _by_hand(args: argparse.Namespace, model: DSMoEForCausalLM, folder: Path) -> dict[str, Any]:
+    """Set the policies that were named; the report."""
     batches = _batches(args, folder, model)
     calibrate = None if batches is None else (lambda: measure(model, batches, progress="measuring"))
     requests = {
@@ -87,16 +88,21 @@ def run(args: argparse.Namespace) -> None:
     }
     for part in ("mlp", "attention"):
         set_routing(model, part, resolve(model, part, requests[part], calibrate))
-    if calibrate is None and not _counts_are_fixed(model):
+    active: ActiveExperts | None = None
+    if calibrate is not None:
+        active = calibrate()
+    elif not _counts_are_fixed(model):
         raise UserError(
             f"how many experts policy {args.policy!r} keeps depends on the text: pass --text FILE or --data TOKEN_FOLDER"
         )
-    active = None if calibrate is None else calibrate()
+    removed = None
+    if args.remove_unused is not None:
+        if active is None or calibrate is None:
+            raise UserError("--remove-unused needs text: pass --text FILE or --data TOKEN_FOLDER")
+        removed = remove_unused(model, active, args.remove_unused)
+        active = calibrate()
     report = sparsity_report(model, active, args.sequence_length)
-    write_sparse(model, report, args.output, folder, args.overwrite)
-    print(json.dumps(report, indent=2) if args.json else human_report(report))
-    if not args.json:
-        print(f"written to {args.output}")
+    return report if removed is None else {**report, "removed_experts": removed}
 
 
 def _counts_are_fixed(model: DSMoEForCausalLM) -> bool:
@@ -118,23 +124,34 @@ def _attention_request(args: argparse.Namespace, model: DSMoEForCausalLM) -> Pol
     return PolicyRequest(name, args.attention_k, threshold, args.top_p, target)
 
 
+def _sample(args: argparse.Namespace, model: DSMoEForCausalLM, folder: Path) -> CalibrationText:
+    """A seeded sample of the text, to calibrate on."""
+    sizes = (args.max_tokens, args.sequence_length, args.batch_size, args.seed)
+    if args.data is not None:
+        return sample_corpus(_corpus(args, model), args.split, *sizes)
+    if args.text is not None:
+        return sample_documents(args.text, AutoTokenizer.from_pretrained(folder), *sizes)
+    raise UserError("calibration needs text: pass --calibration FILE or --data TOKEN_FOLDER")
+
+
+def _corpus(args: argparse.Namespace, model: DSMoEForCausalLM) -> TokenCorpus:
+    corpus = TokenCorpus(args.data)
+    if corpus.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{args.data}: {corpus.vocab_size} vocabulary entries, the model has {model.config.vocab_size}"
+        )
+    return corpus
+
+
 def _batches(
     args: argparse.Namespace, folder: Path, model: DSMoEForCausalLM
 ) -> list[dict[str, Tensor]] | None:
-    """Calibration batches, cut to --max-tokens; None without text."""
-    for name in ("max_tokens", "sequence_length", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+    """The text's first batches, cut to --max-tokens; None without text."""
     if args.data is not None:
-        corpus = TokenCorpus(args.data)
-        if corpus.vocab_size > model.config.vocab_size:
-            raise UserError(
-                f"{args.data}: {corpus.vocab_size} vocabulary entries, the model has {model.config.vocab_size}"
-            )
         return list(
             evaluation_batches(
-                corpus, split=args.split, sequence_length=args.sequence_length, batch_size=args.batch_size,
-                max_tokens=args.max_tokens,
+                _corpus(args, model), split=args.split, sequence_length=args.sequence_length,
+                batch_size=args.batch_size, max_tokens=args.max_tokens,
             )
         )  # fmt: skip
     if args.text is not None:
@@ -151,15 +168,3 @@ def _first(batches: Iterator[dict[str, Tensor]], max_tokens: int) -> Iterator[di
         seen += int(batch["attention_mask"].sum())
         if seen >= max_tokens:
             return
-
-
-def _list_of(kind: type):
-    def parse(text: str) -> list:
-        try:
-            return [kind(word) for word in text.split(",")]
-        except ValueError:
-            raise argparse.ArgumentTypeError(
-                f"{text!r}: give one {kind.__name__}, or several separated by commas"
-            ) from None
-
-    return parse

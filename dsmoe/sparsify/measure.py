@@ -1,6 +1,6 @@
 """Measuring on text: how many experts each layer keeps, and the loss."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -84,21 +84,40 @@ def measure(
         )
         total += float(losses.double())
         num_labels += int((labels != -100).sum())
-        mask = batch["attention_mask"].flatten().bool()
-        found.num_tokens += int(mask.sum())
-        for part, logits in (("mlp", outputs.router_logits), ("attention", outputs.attention_router_logits)):
-            for layer, layer_logits in enumerate(logits or ()):
-                _count(
-                    found, part, layer, layer_logits.flatten(0, 1)[mask], model.config.routing(part, layer)
-                )
+        logits = {"mlp": outputs.router_logits, "attention": outputs.attention_router_logits}
+        count_experts(
+            found, model, batch, {part: value for part, value in logits.items() if value is not None}
+        )
     model.train(training)
     found.loss = total / max(1, num_labels)
     return found
 
 
-def _count(found: ActiveExperts, part: str, layer: int, logits_TN: Tensor, policy: dict) -> None:
-    probs_TN = logits_TN.softmax(-1)
-    kept = keep_experts(probs_TN, policy)
+def count_experts(
+    found: ActiveExperts,
+    model: DSMoEForCausalLM,
+    batch: dict[str, Tensor],
+    router_logits: Mapping[str, Sequence[Tensor]],
+) -> None:
+    """Add a batch's tokens that are not padding to the counts.
+
+    Args:
+        found: added to.
+        model: its config holds the policies.
+        batch: of `evaluation_batches`.
+        router_logits: {part: one [B, S, N] per layer}.
+    """
+    mask = batch["attention_mask"].flatten().bool()
+    found.num_tokens += int(mask.sum())
+    for part, per_layer in router_logits.items():
+        for layer, logits in enumerate(per_layer):
+            probs_TN = logits.flatten(0, 1)[mask.to(logits.device)].softmax(-1)
+            kept_experts = model.config.kept_experts(part, layer)
+            kept_TN = keep_experts(probs_TN, model.config.routing(part, layer), kept_experts)
+            _count(found, part, layer, probs_TN, kept_TN)
+
+
+def _count(found: ActiveExperts, part: str, layer: int, probs_TN: Tensor, kept: Tensor) -> None:
     num_experts = kept.shape[-1]
     scores = (probs_TN * num_experts).log2().clamp(LOWEST, HIGHEST).float()
     histogram = torch.histc(scores, bins=BINS, min=LOWEST, max=HIGHEST).long().cpu()

@@ -98,6 +98,7 @@ def human_report(report: dict[str, Any]) -> str:
         lines.append(
             f"loss on the text   {report['measured_loss']:>14.4f}  nats/token over {report['measured_tokens']:,}"
         )
+    lines += _calibration_lines(report)
     lines.append("layer  part       policy                                             mean   p50   p95")
     for row in report["per_layer"]:
         for part in ("mlp", "attention"):
@@ -109,5 +110,29 @@ def human_report(report: dict[str, Any]) -> str:
                 if cells["mean"] is None
                 else f"{cells['mean']:6.2f} {cells['p50']:5d} {cells['p95']:5d}"
             )
-            lines.append(f"{row['layer']:5d}  {part:9s}  {json.dumps(cells['policy']):48s} {numbers}")
+            lines.append(f"{row['layer']:5d}  {part:9s}  {_short(cells['policy']):48s} {numbers}")
     return "\n".join(lines)
+
+
+def _calibration_lines(report: dict[str, Any]) -> list[str]:
+    lines = []
+    found = report.get("calibration")
+    if found is not None:
+        lines = [
+            f"family             {found['family']:>21}  (score: {found['score']})",
+            f"loss increase      {found['loss_increase']:>14.5f}  nats/token, standard error "
+            f"{found['standard_error']:.5f}, against the checkpoint as it was",
+            f"active experts     {found['active_share']:>14.1%}  of all experts, by their cost",
+        ]
+    removed = report.get("removed_experts")
+    if removed is not None:
+        lines.append(f"removed experts    {removed['num_removed']:>14,}")
+    return lines
+
+
+def _short(policy: dict[str, Any]) -> str:
+    """A policy in one line; lists by their length."""
+    shown = {
+        key: f"{len(value)} numbers" if isinstance(value, list) else value for key, value in policy.items()
+    }
+    return json.dumps(shown)

@@ -1,0 +1,187 @@
+"""The sparsity sweep of a checkpoint: `python eval/sweep_sparsity.py CHECKPOINT --data TOKENS`."""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dsmoe.checkpoint.pretrained import load_pretrained
+from dsmoe.data.corpus import TokenCorpus
+from dsmoe.environment import describe
+from dsmoe.errors import UserError, run_reporting_errors
+from dsmoe.evaluation.harness import parse_tasks, score_model
+from dsmoe.evaluation.loading import LoadedModel, load_model
+from dsmoe.evaluation.table import task_average
+from dsmoe.files import write_json
+from dsmoe.records import conclusion_for, write_record
+from dsmoe.report.sparsity_plots import frontier_plot, layers_plot, union_plot
+from dsmoe.report.sparsity_table import tables
+from dsmoe.sparsify.calibrate import calibrate
+from dsmoe.sparsify.calibration import sample_corpus
+from dsmoe.sparsify.compare import with_policies
+from dsmoe.sparsify.sweep import CONTESTANTS, Judge, sweep_bounds, sweep_shares
+
+EPILOG = """examples:
+  python eval/sweep_sparsity.py runs/sparsity/dsmoe --data data/scaling --output runs/sparsity/sweep
+  python eval/sweep_sparsity.py runs/dsmoe --data data/mine --shares 0.15,0.25,0.35 --bounds 0.005,0.01 --seeds 0,1,2
+  python eval/sweep_sparsity.py runs/dsmoe --data data/mine --tasks paper --include-path benchmarks --limit 200
+"""
+Row = Mapping[str, Any]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the sweep; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog="sweep_sparsity.py",
+    )  # fmt: skip
+    parser.add_argument("checkpoint", type=Path, help="model folder, or folder of a finished run")
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="token folder")
+    parser.add_argument(
+        "--output", type=Path, metavar="FOLDER", help="results.json and plots (default: beside the run)"
+    )
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="also write a record")
+    parser.add_argument("--conclusion", type=Path, metavar="MD", help="text for the record (default: that of the record "
+                        "which is replaced)")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
+    parser.add_argument("--shares", type=_numbers, default=None, metavar="LIST",
+                        help="active shares (default: multiples of 1/N from 15%% to 60%%, at most 10)")  # fmt: skip
+    parser.add_argument("--bounds", type=_numbers, default=[0.002, 0.005, 0.01, 0.02], metavar="LIST",
+                        help="loss increases in nats (default: 0.002,0.005,0.01,0.02)")  # fmt: skip
+    parser.add_argument("--seeds", type=_numbers, default=[0.0, 1.0, 2.0], metavar="LIST",
+                        help="calibration samples; the first is for all families (default: 0,1,2)")  # fmt: skip
+    parser.add_argument("--families", default="all", choices=("all", "main"),
+                        help="main: uniform K, global threshold and the default family only")  # fmt: skip
+    for name, default, text in (
+        ("--calibration-split", "validation", "split to choose on"),
+        ("--held-out-split", "test", "split to judge on"),
+    ):
+        parser.add_argument(name, default=default, help=f"{text} (default: %(default)s)")
+    for option, number, text in (
+        ("--calibration-tokens", 50_000, "tokens to choose on"),
+        ("--held-out-tokens", 100_000, "tokens to judge on"),
+        ("--sequence-length", 256, "tokens of a window"),
+        ("--batch-size", 16, "windows of a batch"),
+    ):
+        parser.add_argument(option, type=int, default=number, help=f"{text} (default: %(default)s)")
+    parser.add_argument("--tasks", help="also score the default family's models: 'paper' or lm-eval names")
+    parser.add_argument("--include-path", type=Path, help="folder of `dsmoe data benchmarks`")
+    parser.add_argument("--limit", type=int, help="first so many questions of a task")
+    args = parser.parse_args(argv)
+    return run_reporting_errors(lambda: run(args, " ".join(argv if argv is not None else sys.argv[1:])))
+
+
+def run(args: argparse.Namespace, words: str) -> None:
+    """Sweep, print the tables, write results and plots; raises UserError on bad input."""
+    tasks = parse_tasks(args.tasks) if args.tasks else []
+    if args.record and args.record.exists() and not args.overwrite:
+        raise UserError(f"{args.record}: the record exists; pass --overwrite to replace it")
+    model, folder = load_pretrained(args.checkpoint, torch.float32)
+    model.eval()
+    results = sweep(model, args)
+    if tasks:
+        score_rows(results, load_model(str(folder)), tasks, args)
+    output = args.output or folder.parent / "sparsity-sweep"
+    results = {"model": results.pop("model"), "name": folder.parent.name, **results, **describe()}
+    report = tables(results)
+    write_json(output / "results.json", results)
+    plots = [output / name for name in ("frontier.png", "layers.png", "unions.png")]
+    frontier_plot(results, plots[0])
+    layers_plot(results, plots[1])
+    union_plot(results, plots[2])
+    if args.record:
+        with tempfile.TemporaryDirectory() as name:
+            conclusion = conclusion_for(args.record, args.conclusion, Path(name))
+            write_record(
+                args.record, title=f"The sparsity frontier of {results['name']}",
+                command=f"python eval/sweep_sparsity.py {words}",
+                conclusion=f"{conclusion.read_text(encoding='utf-8').strip()}\n\n{report}".strip(),
+                files=[output / "results.json", conclusion, *plots], details={"text": results["text"]},
+                overwrite=args.overwrite,
+            )  # fmt: skip
+    print(f"{report}\nwritten to {output}" + (f" and {args.record}" if args.record else ""))
+
+
+def sweep(model: Any, args: argparse.Namespace) -> dict[str, Any]:
+    """All measurements but the tasks."""
+    corpus = TokenCorpus(args.data)
+
+    def text(split: str, tokens: int, seed: int) -> Any:
+        return sample_corpus(corpus, split, tokens, args.sequence_length, args.batch_size, seed)
+
+    held_out = text(args.held_out_split, args.held_out_tokens, 0)
+    judge = Judge(model, held_out.batches, args.sequence_length)
+    reference = judge.comparer(judge.comparer.reference)
+    shares = args.shares or default_shares(model.config.num_experts)
+    samples = [text(args.calibration_split, args.calibration_tokens, int(seed)) for seed in args.seeds]
+    main_three = [one for one in CONTESTANTS if one[0] in ("uniform_k", "global_threshold")]
+    contestants = CONTESTANTS if args.families == "all" else (*main_three, ("per_layer_threshold", "gate"))
+    length = args.sequence_length
+    rows = sweep_shares(model, samples[0].batches, judge, shares, contestants, length)
+    auto = [_chosen(model, sample.batches, judge, shares, length) for sample in samples]
+    frontier = calibrate(model, samples[0].batches, context_length=length)
+    bounds = sweep_bounds(frontier, judge, args.bounds)
+    third = min(auto[0], key=lambda row: abs(row["share_on_calibration"] - 0.33), default=None)
+    layers = None
+    if third is not None:
+        layers = judge.spread(judge.comparer(third["policies"]), third["policies"])
+    return {
+        "model": {"num_experts": model.config.num_experts, "num_attention_experts": model.config.num_attention_experts,
+                  "kind": model.config.kind, "num_params_total": sum(p.numel() for p in model.parameters())},
+        "text": {"held_out": held_out.description, "calibration": [sample.description for sample in samples]},
+        "reference": {"loss": reference.reference_loss},
+        "shares": shares,
+        "rows": rows,
+        "calibrated": auto,
+        "bounds": bounds,
+        "layers_at_a_third": layers,
+    }  # fmt: skip
+
+
+def _chosen(
+    model: Any, batches: Any, judge: Judge, shares: Sequence[float], length: int
+) -> list[dict[str, Any]]:
+    """What `dsmoe sparsify --target-active` gives at each share."""
+    frontier = calibrate(model, batches, context_length=length)
+    found = []
+    for share in shares:
+        try:
+            chosen = frontier.at_share(share)
+        except UserError:
+            continue
+        found.append({"asked": share, **judge.row(chosen)})
+    return found
+
+
+def default_shares(num_experts: int) -> list[float]:
+    """Shares that uniform K meets exactly, from 15% to 60%, at most ten."""
+    ks = [k for k in range(1, num_experts + 1) if 0.15 <= k / num_experts <= 0.6]
+    step = -(-len(ks) // 10)
+    return [k / num_experts for k in ks[::step]]
+
+
+def score_rows(results: Row, loaded: LoadedModel, tasks: Sequence[str], args: argparse.Namespace) -> None:
+    """Add the tasks' average to the reference and to the calibrated models of the first sample."""
+
+    def average(label: str) -> dict[str, Any]:
+        found = score_model(loaded, tasks, include_path=args.include_path, limit=args.limit, label=label)[
+            "tasks"
+        ]
+        mean = task_average(found)
+        return {"tasks": found, "task_average": None if mean is None else list(mean)}
+
+    results["reference"].update(average("reference"))
+    for row in results["calibrated"][0]:
+        with with_policies(loaded.model, row["policies"]):
+            row.update(average(f"{row['asked']:.0%}"))
+
+
+def _numbers(text: str) -> list[float]:
+    try:
+        return [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers separated by commas") from None

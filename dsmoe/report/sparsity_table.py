@@ -1,0 +1,111 @@
+"""The tables of a sparsity sweep, as Markdown."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from dsmoe.accounting.table import markdown_table
+
+Row = Mapping[str, Any]
+
+
+def comparison_rows(results: Row) -> list[dict[str, Any]]:
+    """At each share: loss increases of uniform K, global threshold and what calibration chooses, on held-out text."""
+    found = []
+    for row in results["calibrated"][0]:
+        entry = {
+            "asked": row["asked"],
+            "calibrated": row["loss_increase"],
+            "standard_error": row["standard_error"],
+        }
+        entry["family"] = row["family"]
+        for family in ("uniform_k", "global_threshold"):
+            same = [
+                r["loss_increase"]
+                for r in results["rows"]
+                if (r["family"], r["asked"]) == (family, row["asked"])
+            ]
+            entry[family] = same[0] if same else None
+        others = [
+            one["loss_increase"]
+            for sample in results["calibrated"]
+            for one in sample
+            if one["asked"] == row["asked"]
+        ]
+        entry["range_over_samples"] = max(others) - min(others)
+        entry["task_average"] = row.get("task_average")
+        found.append(entry)
+    return found
+
+
+def tables(results: Row) -> str:
+    """The sweep as Markdown: shares, all families, bounds."""
+    shares = [
+        [f"{e['asked']:.1%}", _nats(e["uniform_k"]), _nats(e["global_threshold"]), _nats(e["calibrated"]),
+         f"{e['standard_error']:.4f}", f"{e['range_over_samples']:.4f}",
+         "" if not e["task_average"] else f"{100 * e['task_average'][0]:.1f}"]
+        for e in comparison_rows(results)
+    ]  # fmt: skip
+    header = [
+        "active",
+        "uniform K",
+        "global threshold",
+        "calibrated",
+        "its SE",
+        "range over samples",
+        "tasks",
+    ]
+    if not any(row[-1] for row in shares):
+        header, shares = header[:-1], [row[:-1] for row in shares]
+    names = list(dict.fromkeys((row["family"], row["score"]) for row in results["rows"]))
+    by_key = {(row["family"], row["score"], row["asked"]): row for row in results["rows"]}
+    everything = [
+        [f"{family}, {score}", *(_nats((by_key.get((family, score, share)) or {}).get("loss_increase"))
+                                 for share in results["shares"])]
+        for family, score in names
+    ]  # fmt: skip
+    bounds = [
+        [
+            f"{entry['bound']:g}",
+            *(cell for name in ("calibrated", "uniform_k") for cell in _bound_cells(entry[name])),
+        ]
+        for entry in results["bounds"]
+    ]
+    calibrated, held_out = results["text"]["calibration"][0], results["text"]["held_out"]
+    return "\n\n".join(
+        (
+            f"Loss increase in nats per token over the checkpoint as it is ({results['reference']['loss']:.4f}), on "
+            f"{held_out['num_tokens']:,} tokens of split {held_out['split']!r}; policies chosen on "
+            f"{calibrated['num_tokens']:,} tokens of split {calibrated['split']!r}, "
+            f"{len(results['calibrated'])} sample(s).",
+            markdown_table(header, shares),
+            markdown_table(["all families", *(f"{share:.1%}" for share in results["shares"])], everything),
+            markdown_table(
+                [
+                    "bound",
+                    "calibrated: increase",
+                    "SE",
+                    "active",
+                    "holds",
+                    "uniform K: increase",
+                    "SE",
+                    "active",
+                    "holds",
+                ],
+                bounds,
+            ),
+        )
+    )
+
+
+def _bound_cells(row: Row) -> list[str]:
+    share = row["share_on_calibration"]
+    return [
+        _nats(row["loss_increase"]),
+        f"{row['standard_error']:.4f}",
+        f"{share:.1%}",
+        "yes" if row["holds"] else "NO",
+    ]
+
+
+def _nats(value: float | None) -> str:
+    return "" if value is None else f"{value:+.4f}"

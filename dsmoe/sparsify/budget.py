@@ -1,0 +1,101 @@
+"""A budget or a bound on quality to the policies of a model: what `dsmoe sparsify` does without --policy."""
+
+import argparse
+from typing import Any
+
+from dsmoe.accounting import inference_flops_per_token
+from dsmoe.errors import UserError
+from dsmoe.model import DSMoEForCausalLM, set_routing
+from dsmoe.sparsify.calibrate import calibrate
+from dsmoe.sparsify.calibration import CalibrationText
+from dsmoe.sparsify.search import TOLERANCE, Candidate, Frontier
+from dsmoe.sparsify.sites import expert_cost
+from dsmoe.sparsify.unused import remove_unused
+from dsmoe.sparsify.write import sparsity_report
+
+
+def calibrated(args: argparse.Namespace, model: DSMoEForCausalLM, text: CalibrationText) -> dict[str, Any]:
+    """Find and set the policies that the arguments ask for.
+
+    Args:
+        args: of `dsmoe sparsify`, with one goal.
+        model: its policies are set, and unused experts removed.
+        text: to calibrate on.
+
+    Returns:
+        The report.
+
+    Raises:
+        UserError: a budget or bound that can't be met, with the best value that can.
+    """
+    frontier = calibrate(
+        model, text.batches, family=args.family, score=args.score, context_length=args.sequence_length, progress=True,
+        cost="parameters" if args.max_flops_per_token is None else "flops",
+    )  # fmt: skip
+    # --family by hand means that one alone
+    family = None if args.family == "auto" else frontier.family
+    found = _found(args, model, frontier, family)
+    for part in ("mlp", "attention"):
+        if any(site.part == part for site in frontier.sites):
+            set_routing(model, part, found.policies[part])
+    comparison, removed = found.comparison, None
+    if args.remove_unused is not None:
+        removed = remove_unused(model, comparison.active, args.remove_unused)
+        if removed["num_removed"]:
+            comparison = frontier.comparer(found.policies, progress="measuring")
+        bound = args.max_loss_increase
+        if bound is not None and comparison.upper > bound:
+            raise UserError(
+                f"--remove-unused {args.remove_unused:g} raises the loss by {comparison.loss_increase:.5f} "
+                f"(standard error {comparison.standard_error:.5f}), above the bound of {bound:g}; use a smaller share"
+            )
+    report = sparsity_report(model, comparison.active, args.sequence_length)
+    report["removed_experts"] = removed
+    report["calibration"] = {
+        "asked": {
+            "max_loss_increase": args.max_loss_increase,
+            "target_active": args.target_active,
+            "max_flops_per_token": args.max_flops_per_token,
+        },
+        "text": text.description,
+        "score": args.score,
+        "family": found.family,
+        "active_share": found.share,
+        **comparison.as_dict(),
+        "frontier": frontier.describe(),
+    }
+    return report
+
+
+def _found(
+    args: argparse.Namespace, model: DSMoEForCausalLM, frontier: Frontier, family: str | None
+) -> Candidate:
+    if args.max_loss_increase is not None:
+        return frontier.within(args.max_loss_increase, family)
+    if args.target_active is not None:
+        return frontier.at_share(args.target_active, family)
+    total, fixed = frontier.allocation.total, fixed_flops(model, frontier, args.sequence_length)
+    share = (args.max_flops_per_token - fixed) / total
+    if share >= frontier.reference_share:
+        share = frontier.reference_share
+    elif share < frontier.allocation.least:
+        least = fixed + frontier.allocation.least * total
+        raise UserError(
+            f"--max-flops-per-token {args.max_flops_per_token:g} can't be met: with one expert per layer and token it is "
+            f"{least:.4g} ({fixed:.4g} of them outside the experts)"
+        )
+    else:
+        # measured shares are met within the tolerance; FLOPs must not be above
+        share = max(frontier.allocation.least, share - TOLERANCE)
+    return frontier.at_share(share, family)
+
+
+def fixed_flops(model: DSMoEForCausalLM, frontier: Frontier, context_length: int) -> float:
+    """FLOPs per token that don't depend on how many experts are active."""
+    means: dict[str, list[float]] = {}
+    for site in frontier.sites:
+        means.setdefault(site.part, []).append(site.reference_count)
+    flops = inference_flops_per_token(model.config, context_length, means)
+    for site in frontier.sites:
+        flops -= site.reference_count * expert_cost(model.config, site.part, "flops", context_length)
+    return flops

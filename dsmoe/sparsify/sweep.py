@@ -1,0 +1,143 @@
+"""The frontier of a checkpoint: every family of policies at many budgets, chosen on one text and judged on another."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor
+from tqdm import tqdm
+
+from dsmoe.accounting import count_parameters, inference_flops_per_token
+from dsmoe.errors import UserError
+from dsmoe.model import DSMoEForCausalLM
+from dsmoe.sparsify.calibrate import calibrate
+from dsmoe.sparsify.compare import Comparer, Comparison
+from dsmoe.sparsify.search import Candidate, Frontier
+from dsmoe.sparsify.union import unions
+
+Batches = Sequence[dict[str, Tensor]]
+# what is drawn and compared; the calibrated ones are searched layer by layer
+CONTESTANTS = (
+    ("uniform_k", "gate"),
+    ("global_threshold", "gate"),
+    ("global_top_p", "gate"),
+    ("per_layer_k", "gate"),
+    ("per_layer_threshold", "gate"),
+    ("per_layer_threshold", "gate_norm"),
+    ("per_expert_threshold", "gate"),
+    ("top_p", "gate"),
+)
+UNION_BATCHES = 2
+
+
+class Judge:
+    """Measures chosen policies on text that calibration never saw.
+
+    Args:
+        model: in evaluation mode.
+        held_out: that text.
+        context_length: tokens of context, for the attention's FLOPs.
+    """
+
+    def __init__(self, model: DSMoEForCausalLM, held_out: Batches, context_length: int) -> None:
+        self.model, self.held_out, self.context_length = model, held_out, context_length
+        self.comparer = Comparer(model, held_out)
+
+    def row(self, chosen: Candidate) -> dict[str, Any]:
+        """One measured point, JSON-able."""
+        comparison = self.comparer(chosen.policies)
+        active = comparison.active
+        means = {part: active.mean(part) for part in active.counts}
+        counts = count_parameters(self.model.config, means)
+        loss = comparison.reference_loss + comparison.loss_increase
+        return {
+            "family": chosen.family,
+            "share_on_calibration": chosen.share,
+            "increase_on_calibration": chosen.comparison.loss_increase,
+            "mlp_active_fraction": counts.mlp_active_fraction,
+            "attention_active_fraction": counts.attention_active_fraction,
+            "num_params_active": counts.active,
+            "num_params_total": counts.total,
+            "flops_per_token": inference_flops_per_token(self.model.config, self.context_length, means),
+            "active_bytes": counts.active * 2,
+            "loss": loss,
+            "perplexity": math.exp(loss),
+            **comparison.as_dict(),
+            "policies": chosen.policies,
+        }
+
+    def spread(self, comparison: Comparison, policies: Any) -> dict[str, Any]:
+        """Active experts per layer: mean, median and 95th percentile over tokens, and unions over chunks of tokens."""
+        active = comparison.active
+        union = unions(self.model, self.held_out[:UNION_BATCHES], policies)
+        return {
+            part: {
+                "mean": active.mean(part),
+                "p50": active.percentile(part, 0.5),
+                "p95": active.percentile(part, 0.95),
+                "union": union[part],
+            }
+            for part in active.counts
+        }
+
+
+def sweep_shares(
+    model: DSMoEForCausalLM,
+    calibration: Batches,
+    judge: Judge,
+    shares: Sequence[float],
+    contestants: Sequence[tuple[str, str]] = CONTESTANTS,
+    context_length: int = 256,
+) -> list[dict[str, Any]]:
+    """Every family at every share that it can meet.
+
+    Args:
+        model: densely trained (or an SMoE: shares end at its trained K).
+        calibration: text to choose on.
+        judge: of the held-out text.
+        shares: of active experts, weighted by their parameters.
+        contestants: (family, score).
+        context_length: for FLOPs.
+
+    Returns:
+        One row per family and share; "asked" is the share asked for. `uniform_k` takes the largest K within it.
+    """
+    rows = []
+    with tqdm(total=len(contestants) * len(shares), desc="frontier", unit="point") as bar:
+        for family, score in contestants:
+            frontier = calibrate(
+                model, calibration, family=family, score=score, context_length=context_length
+            )
+            for share in shares:
+                bar.set_postfix_str(f"{family} {share:.0%}")
+                try:
+                    chosen = frontier.at_share(share, family)
+                except UserError:  # beyond what the reference or one expert a layer gives
+                    bar.update()
+                    continue
+                rows.append({"asked": share, "score": score, **judge.row(chosen)})
+                bar.update()
+    return rows
+
+
+def sweep_bounds(frontier: Frontier, judge: Judge, bounds: Sequence[float]) -> list[dict[str, Any]]:
+    """The sparsest model within each bound, by calibration and among uniform Ks, and what it costs on held-out text.
+
+    Args:
+        frontier: of the calibration text.
+        judge: of the held-out text.
+        bounds: nats per token.
+
+    Returns:
+        Per bound {"bound", "calibrated": row, "uniform_k": row}; "holds" says whether the held-out increase is within the
+        bound plus two standard errors.
+    """
+    found = []
+    for bound in tqdm(bounds, desc="bounds", unit="bound"):
+        entry: dict[str, Any] = {"bound": bound}
+        for name, family in (("calibrated", None), ("uniform_k", "uniform_k")):
+            row = judge.row(frontier.within(bound, family))
+            row["holds"] = row["loss_increase"] <= bound + 2 * row["standard_error"]
+            entry[name] = row
+        found.append(entry)
+    return found

@@ -1,0 +1,258 @@
+"""Calibrated sparsity on text drawn from the model itself, where the expected loss increase IS the KL divergence."""
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
+
+from dsmoe import DSMoEConfig, DSMoEForCausalLM
+from dsmoe.accounting import inference_flops_per_token
+from dsmoe.checkpoint import save_pretrained
+from dsmoe.cli import main
+from dsmoe.errors import UserError
+from dsmoe.model import set_routing
+from dsmoe.sparsify import calibrate, compare, remove_unused, sample_documents
+from dsmoe.sparsify.arguments import increase
+
+VOCAB = 48
+MOA = {"num_attention_experts": 4, "num_attention_heads": 8, "qk_norm": "per_head"}
+
+
+def make_model(**changes):
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        config = {
+            "vocab_size": VOCAB,
+            "hidden_size": 32,
+            "intermediate_size": 128,
+            "num_hidden_layers": 3,
+            "num_experts": 8,
+            "num_attention_heads": 4,
+            "initializer_range": 0.25,  # routers that decide
+            "tie_word_embeddings": False,
+            **changes,
+        }
+        model = DSMoEForCausalLM(DSMoEConfig(**config, eos_token_id=0)).eval()
+        model.lm_head.weight.data *= 0.3
+        # layers of unequal weight: there is something to allocate
+        for scale, layer in zip((1.5, 0.3, 1.0), model.model.layers):
+            layer.mlp.experts.down_proj.data *= scale
+        return model
+
+
+@torch.no_grad()
+def draw_batches(model, windows, length=24, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    tokens = torch.randint(1, VOCAB, (windows, 1), generator=generator)
+    for _ in range(length):
+        probs = model(tokens).logits[:, -1].softmax(-1)
+        tokens = torch.cat([tokens, torch.multinomial(probs, 1, generator=generator)], 1)
+    batches = []
+    for at in range(0, windows, 32):
+        rows = tokens[at : at + 32]
+        batches.append(
+            {
+                "input_ids": rows[:, :-1],
+                "shift_labels": rows[:, 1:],
+                "attention_mask": torch.ones_like(rows[:, 1:]),
+            }
+        )
+    return batches
+
+
+@pytest.fixture(scope="module")
+def dsmoe():
+    model = make_model()
+    batches = draw_batches(model, 96)
+    return model, batches, calibrate(model, batches, curve_tokens=600)
+
+
+def test_share_is_met_and_no_one_knob_policy_is_better(dsmoe):
+    _, _, frontier = dsmoe
+    for share in (0.2, 0.35, 0.6):
+        found = frontier.at_share(share)
+        assert found.share == pytest.approx(share, abs=0.01)
+        for rival in ("uniform_k", "global_threshold"):
+            other = frontier.at_share(share, rival)
+            if other.share < share + 0.003:
+                assert found.comparison.damage <= other.comparison.damage + 1e-9
+
+
+def test_allocation_beats_uniform_k_on_held_out_text(dsmoe):
+    model, _, frontier = dsmoe
+    held_out = draw_batches(model, 96, seed=1)
+    ours = compare(model, held_out, frontier.at_share(0.25).policies)
+    uniform = compare(model, held_out, frontier.at_share(0.25, "uniform_k").policies)
+    assert ours.kl < 0.75 * uniform.kl
+
+
+def test_bound_holds_on_held_out_text(dsmoe):
+    model, _, frontier = dsmoe
+    held_out = draw_batches(model, 96, seed=2)
+    shares = []
+    for bound in (0.03, 0.1):
+        found = frontier.within(bound)
+        assert found.comparison.upper <= bound
+        assert found.policies["attention"] == [{"policy": "dense"}] * 3
+        held = compare(model, held_out, found.policies)
+        assert held.loss_increase <= bound + 2 * held.standard_error
+        uniform = frontier.within(bound, "uniform_k")
+        assert found.share <= uniform.share
+        shares.append(found.share)
+    assert shares[1] < shares[0] < 1
+
+
+def test_bounds_that_cannot_be_met_name_the_best_value(dsmoe):
+    _, _, frontier = dsmoe
+    with pytest.raises(UserError, match=r"best found is -?0\.\d+"):
+        frontier.within(-5.0)
+    with pytest.raises(UserError, match=r"0\.125"):
+        frontier.at_share(0.05)
+    assert frontier.within(0.0).comparison.upper <= 0.0
+
+
+@pytest.mark.parametrize("score", ["gate", "gate_norm"])
+def test_attention_experts_compete_with_mlp_experts(score):
+    model = make_model(**MOA)
+    batches = draw_batches(model, 48)
+    frontier = calibrate(model, batches, score=score, curve_tokens=600)
+    found = frontier.at_share(0.4)
+    means = {part: found.comparison.active.mean(part) for part in ("mlp", "attention")}
+    # 32 * 8 parameters a head and projection pair, 3 * 32 * 16 an MLP expert
+    mlp, attention = 3 * 32 * 16, 2 * 32 * 8
+    share = (sum(means["mlp"]) * mlp + sum(means["attention"]) * attention) / (3 * (8 * mlp + 4 * attention))
+    assert found.share == pytest.approx(share)
+    assert share == pytest.approx(0.4, abs=0.01)
+    assert min(means["attention"]) < 4
+
+
+def test_an_smoe_is_compared_with_its_trained_k():
+    model = make_model(kind="smoe", mlp_routing={"policy": "top_k", "k": 4})
+    frontier = calibrate(model, draw_batches(model, 48), curve_tokens=600)
+    assert frontier.reference_share == 0.5
+    found = frontier.within(0.05)
+    assert found.share < 0.5
+    assert found.comparison.upper <= 0.05
+    assert frontier.within(0.0).share <= 0.5
+    with pytest.raises(UserError, match=r"0\.5"):
+        frontier.at_share(0.8)
+
+
+def test_removing_unused_experts_changes_nothing(dsmoe):
+    model = make_model()
+    batches = draw_batches(model, 32)
+    for layer, expert in ((0, 5), (2, 1)):  # rarely chosen, and never
+        weight = model.model.layers[layer].mlp.router.weight.data
+        weight[expert] *= 0.0 if layer else 0.4
+    policies = {"mlp": [{"policy": "threshold", "threshold": 2.5}] * 3}
+    before = compare(model, batches, policies)
+    unused = [[e for e in range(8) if uses[e] == 0] for uses in before.active.uses["mlp"]]
+    set_routing(model, "mlp", policies["mlp"])
+    with torch.no_grad():
+        logits = model(batches[0]["input_ids"]).logits
+    size = sum(p.numel() for p in model.parameters())
+    share = 0.06
+    rare = [
+        [e for e in range(8) if uses[e] <= share * before.active.num_tokens]
+        for uses in before.active.uses["mlp"]
+    ]
+    report = remove_unused(model, before.active, 0.0)
+    assert report["mlp"] == unused
+    with torch.no_grad():
+        torch.testing.assert_close(model(batches[0]["input_ids"]).logits, logits)
+    report = remove_unused(model, before.active, share)
+    assert any(rare)
+    removed = [sorted({*a, *b}) for a, b in zip(unused, report["mlp"])]
+    assert removed == rare
+    assert sum(p.numel() for p in model.parameters()) == size - sum(map(len, rare)) * 3 * 32 * 16
+
+
+def test_increase_in_nats_or_percent_of_perplexity():
+    assert increase("0.005") == 0.005
+    assert increase("0.5%") == pytest.approx(0.00498754)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("calibrated")
+    words = {f"t{i}": i for i in range(1, VOCAB)} | {"<eos>": 0}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(root / "tokenizer")
+    model = make_model(**MOA)
+    rows = torch.cat([batch["input_ids"] for batch in draw_batches(model, 96)])
+    lines = [json.dumps({"text": " ".join(f"t{i}" for i in row.tolist() if i)}) for row in rows]
+    (root / "text.jsonl").write_text("\n".join(lines))
+    save_pretrained(model, root / "model", root / "tokenizer")
+    return root
+
+
+def sparsify(folder, output, *args):
+    text = [
+        "--calibration",
+        str(folder / "text.jsonl"),
+        "--sequence-length",
+        "24",
+        "--calibration-tokens",
+        "1000",
+    ]
+    return main(["sparsify", str(folder / "model"), "--output", str(output), *text, *args])
+
+
+def test_command_writes_what_it_reports(folder, tmp_path):
+    output = tmp_path / "sparse"
+    flops = 0.8 * inference_flops_per_token(make_model(**MOA).config, 24)
+    assert sparsify(folder, output, "--max-flops-per-token", f"{flops}", "--remove-unused", "0.02") == 0
+    report = json.loads((output / "sparsity.json").read_text())
+    assert 0.97 * flops < report["flops_per_token"] <= flops
+    calibration = report["calibration"]
+    assert len(calibration["text"]["fingerprint"]) == 64
+    assert len(calibration["frontier"]["curves"]) == 6
+    assert calibration["frontier"]["visited"]
+    model = AutoModelForCausalLM.from_pretrained(output)
+    assert model.config.mlp_routing == report["policy"]["mlp"]
+    assert report["num_params_total"] == sum(p.numel() for p in model.parameters())
+    batches = sample_documents(
+        folder / "text.jsonl", PreTrainedTokenizerFast.from_pretrained(output), 1000, 24, 16, 0
+    ).batches
+    original = AutoModelForCausalLM.from_pretrained(folder / "model")
+    with torch.no_grad():
+        loss, reference = (
+            torch.cat([
+                torch.nn.functional.cross_entropy(
+                    m(b["input_ids"]).logits.transpose(1, 2), b["shift_labels"], reduction="none"
+                )[b["shift_labels"] >= 0]
+                for b in batches
+            ]).mean()
+            for m in (model, original)
+        )  # fmt: skip
+    assert calibration["loss_increase"] == pytest.approx(float(loss - reference), abs=1e-4)
+
+
+@pytest.mark.parametrize(
+    ("args", "words"),
+    [
+        ([], ["--max-loss-increase", "--policy"]),
+        (["--target-active", "0.5", "--max-loss-increase", "0.1"], ["one of"]),
+        (["--target-active", "0.01"], ["0.01", "0.1429"]),
+        (["--target-active", "0.5", "--k", "3"], ["--k"]),
+        (["--policy", "top_k", "--k", "3", "--family", "top_p"], ["--family"]),
+        (["--max-flops-per-token", "10"], ["10", "one expert"]),
+        (["--max-loss-increase", "-3"], ["best found"]),
+    ],
+)
+def test_bad_requests_get_one_line_and_write_nothing(folder, tmp_path, capsys, args, words):
+    assert sparsify(folder, tmp_path / "sparse", *args) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ")
+    assert all(word in error for word in words), error
+    assert not (tmp_path / "sparse").exists()
+
+
+def test_seeds_draw_other_documents(folder):
+    tokenizer = PreTrainedTokenizerFast.from_pretrained(folder / "tokenizer")
+    texts = [sample_documents(folder / "text.jsonl", tokenizer, 300, 24, 4, seed) for seed in (0, 0, 1)]
+    prints = [text.description["fingerprint"] for text in texts]
+    assert prints[0] == prints[1] != prints[2]
