@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tqdm import tqdm
 
 from dsmoe.checkpoint.pretrained import load_pretrained
 from dsmoe.data.corpus import TokenCorpus
@@ -23,6 +24,7 @@ from dsmoe.report.sparsity_table import tables
 from dsmoe.sparsify.calibrate import calibrate
 from dsmoe.sparsify.calibration import sample_corpus
 from dsmoe.sparsify.compare import with_policies
+from dsmoe.sparsify.search import Frontier
 from dsmoe.sparsify.sweep import CONTESTANTS, Judge, sweep_bounds, sweep_shares
 
 EPILOG = """examples:
@@ -31,6 +33,7 @@ EPILOG = """examples:
   python eval/sweep_sparsity.py runs/dsmoe --data data/mine --tasks paper --include-path benchmarks --limit 200
 """
 Row = Mapping[str, Any]
+KNOBS = (("uniform_k", "gate"), ("global_threshold", "gate"))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -118,13 +121,19 @@ def sweep(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     reference = judge.comparer(judge.comparer.reference)
     shares = args.shares or default_shares(model.config.num_experts)
     samples = [text(args.calibration_split, args.calibration_tokens, int(seed)) for seed in args.seeds]
-    main_three = [one for one in CONTESTANTS if one[0] in ("uniform_k", "global_threshold")]
-    contestants = CONTESTANTS if args.families == "all" else (*main_three, ("per_layer_threshold", "gate"))
-    length = args.sequence_length
-    rows = sweep_shares(model, samples[0].batches, judge, shares, contestants, length)
-    auto = [_chosen(model, sample.batches, judge, shares, length) for sample in samples]
-    frontier = calibrate(model, samples[0].batches, context_length=length)
-    bounds = sweep_bounds(frontier, judge, args.bounds)
+    contestants = [
+        one
+        for one in CONTESTANTS
+        if args.families == "all" or one in (*KNOBS, ("per_layer_threshold", "gate"))
+    ]
+    # one after the other: a frontier keeps hidden states of all its text
+    auto = []
+    for number, sample in enumerate(samples):
+        frontier = calibrate(model, sample.batches, context_length=args.sequence_length)
+        auto.append(_chosen(frontier, judge, shares))
+        if number == 0:
+            rows = sweep_shares(frontier, sample.batches, judge, shares, contestants)
+            bounds = sweep_bounds(frontier, judge, args.bounds)
     third = min(auto[0], key=lambda row: abs(row["share_on_calibration"] - 0.33), default=None)
     layers = None
     if third is not None:
@@ -142,13 +151,10 @@ def sweep(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _chosen(
-    model: Any, batches: Any, judge: Judge, shares: Sequence[float], length: int
-) -> list[dict[str, Any]]:
+def _chosen(frontier: Frontier, judge: Judge, shares: Sequence[float]) -> list[dict[str, Any]]:
     """What `dsmoe sparsify --target-active` gives at each share."""
-    frontier = calibrate(model, batches, context_length=length)
     found = []
-    for share in shares:
+    for share in tqdm(shares, desc="calibrated", unit="share"):
         try:
             chosen = frontier.at_share(share)
         except UserError:

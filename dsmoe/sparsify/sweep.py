@@ -12,6 +12,7 @@ from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM
 from dsmoe.sparsify.calibrate import calibrate
 from dsmoe.sparsify.compare import Comparer, Comparison
+from dsmoe.sparsify.families import GLOBAL
 from dsmoe.sparsify.search import Candidate, Frontier
 from dsmoe.sparsify.union import unions
 
@@ -82,22 +83,20 @@ class Judge:
 
 
 def sweep_shares(
-    model: DSMoEForCausalLM,
+    frontier: Frontier,
     calibration: Batches,
     judge: Judge,
     shares: Sequence[float],
     contestants: Sequence[tuple[str, str]] = CONTESTANTS,
-    context_length: int = 256,
 ) -> list[dict[str, Any]]:
     """Every family at every share that it can meet.
 
     Args:
-        model: densely trained (or an SMoE: shares end at its trained K).
-        calibration: text to choose on.
+        frontier: of the calibration text, of the default family; also measures the families of one knob.
+        calibration: that text.
         judge: of the held-out text.
-        shares: of active experts, weighted by their parameters.
+        shares: of active experts, weighted by their parameters (of an SMoE: up to its trained K).
         contestants: (family, score).
-        context_length: for FLOPs.
 
     Returns:
         One row per family and share; "asked" is the share asked for. `uniform_k` takes the largest K within it.
@@ -105,13 +104,15 @@ def sweep_shares(
     rows = []
     with tqdm(total=len(contestants) * len(shares), desc="frontier", unit="point") as bar:
         for family, score in contestants:
-            frontier = calibrate(
-                model, calibration, family=family, score=score, context_length=context_length
-            )
+            own = frontier
+            if (family, score) != (frontier.family, "gate") and family not in GLOBAL:
+                own = calibrate(
+                    judge.model, calibration, family=family, score=score, context_length=judge.context_length
+                )
             for share in shares:
                 bar.set_postfix_str(f"{family} {share:.0%}")
                 try:
-                    chosen = frontier.at_share(share, family)
+                    chosen = own.at_share(share, family)
                 except UserError:  # beyond what the reference or one expert a layer gives
                     bar.update()
                     continue
