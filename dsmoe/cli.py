@@ -34,6 +34,9 @@ COMMANDS = {
     "plan": Command("dsmoe.planner.command", "say which model to train under a memory and a compute budget"),
     "fit": Command("dsmoe.planner.fit.command", "fit a scaling law to measured runs"),
     "sparsify": Command("dsmoe.sparsify.command", "give a checkpoint a sparse routing policy", True),
+    "polish": Command(
+        "dsmoe.sparsify.polish", "fine-tune a run shortly with the policies of sparse checkpoints", True
+    ),
     "export": Command("dsmoe.export.command", "write a checkpoint for stock architectures", True),
 }
 

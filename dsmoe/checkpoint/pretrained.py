@@ -90,6 +90,27 @@ def save_pretrained(
         write_pretrained(model, beside, tokenizer_dir, weights=weights)
 
 
+def model_folder(path: str | Path) -> Path:
+    """The folder of a dsmoe model: the path itself, or `final/` of the folder of a run.
+
+    Raises:
+        UserError: no model there, or one of another architecture.
+    """
+    folder = Path(path)
+    if not (folder / "config.json").exists() and (folder / "final" / "config.json").exists():
+        folder = folder / "final"
+    if not (folder / "config.json").exists():
+        raise UserError(f"{path}: no model folder (config.json is missing)")
+    config = read_json(folder / "config.json")
+    if not isinstance(config, dict) or config.get("model_type") != DSMoEConfig.model_type:
+        found = config.get("model_type") if isinstance(config, dict) else None
+        # the folder of a run holds a config.json of the run, and the model in final/
+        if (folder / "final").is_dir():
+            return model_folder(folder / "final")
+        raise UserError(f"{folder}: model_type is {found!r}; a 'dsmoe' model is needed")
+    return folder
+
+
 def load_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[DSMoEForCausalLM, Path]:
     """Load a dsmoe model from a model folder, or from a run's folder (its `final/`).
 
@@ -103,18 +124,7 @@ def load_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[DSMoEForCausa
     Raises:
         UserError: no model there, one of another architecture, or a damaged file.
     """
-    folder = Path(path)
-    if not (folder / "config.json").exists() and (folder / "final" / "config.json").exists():
-        folder = folder / "final"
-    if not (folder / "config.json").exists():
-        raise UserError(f"{path}: no model folder (config.json is missing)")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.get("model_type") != DSMoEConfig.model_type:
-        found = config.get("model_type") if isinstance(config, dict) else None
-        # the folder of a run holds a config.json of the run, and the model in final/
-        if (folder / "final").is_dir():
-            return load_pretrained(folder / "final", dtype)
-        raise UserError(f"{folder}: model_type is {found!r}; a 'dsmoe' model is needed")
+    folder = model_folder(path)
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

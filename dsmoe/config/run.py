@@ -33,6 +33,7 @@ class DataSettings:
         weights: mixture weight of each source; null: those in the folder.
         isolate_documents: keep packed documents from attending to each other.
         order_seed: seed of the order of the text; one for all arms and seeds of a comparison keeps it paired.
+        first_sample: sample of that order to begin with: a run that continues another one skips what it has read.
         validation_split: which split validates: "validation" or "test".
     """
 
@@ -41,6 +42,7 @@ class DataSettings:
     weights: dict[str, float] | None = None
     isolate_documents: bool = False
     order_seed: int = 0
+    first_sample: int = 0
     validation_split: str = "validation"
 
 
@@ -114,11 +116,27 @@ class MaskPhaseSettings:
         fraction: share of the steps at the end that run with the mask; 0: none.
         target_active: wanted mean share of active MLP experts.
         gain: relative change of the threshold per step and unit of relative error.
+        policies: instead of a steered threshold, the routing policies of these sparse checkpoints (folders of
+            `dsmoe sparsify`), one drawn for each step, so that one model learns several budgets.
     """
 
     fraction: float = 0.0
     target_active: float = 0.33
     gain: float = 0.1
+    policies: list[str] = field(default_factory=list)
+
+
+@dataclass
+class DistillationSettings:
+    """While the forward is sparse, the model also learns from the all-experts mode.
+
+    Args:
+        coef: weight of KL(teacher || student); the language-modelling loss gets 1 - coef. 0: none.
+        teacher: model folder of a frozen teacher, run with all its experts; empty: the model itself.
+    """
+
+    coef: float = 0.0
+    teacher: str = ""
 
 
 @dataclass
@@ -145,6 +163,8 @@ class TrainSettings:
     """The loop.
 
     Args:
+        init_from: model folder (or folder of a finished run) whose weights the run starts from; the model is then that
+            one, whatever `model` says.
         output_dir: folder of the run; with several seeds each gets a folder `seed-<n>` in it.
         seeds: one run per seed, one after the other, then a comparison.
         total_tokens: tokens to train on.
@@ -153,8 +173,9 @@ class TrainSettings:
         precision: "f32", or "bf16" (autocast; weights stay float32).
         float32_matmul: "auto" (oneDNN's fast mode on CPUs where a probe finds it accurate) or "strict".
         gradient_checkpointing: recompute layers in the backward.
-        sharding: "none" (every process holds the whole model), or "fsdp2" (weights, gradients and moments are sharded
-            over the processes by torch's fully_shard).
+        sharding: "none" (every process holds the whole model), "fsdp2" (weights, gradients and moments are sharded
+            over the processes by torch's fully_shard), "zero2" (DeepSpeed shards gradients and moments) or "zero3"
+            (weights too). A single process shards nothing. Checkpoints are the same files in every case.
         recompute_experts: recompute only the experts' pre-activations in the backward (dense mode): nearly all of the
             saving for a fifth more time in the MLPs.
         num_processes: how many processes must have come up; null: whatever was launched.
@@ -172,6 +193,7 @@ class TrainSettings:
         trackers: trackers of accelerate besides log.jsonl, for example ["tensorboard"].
     """
 
+    init_from: str = ""
     output_dir: str = "runs/pretrain"
     seeds: list[int] = field(default_factory=lambda: [0])
     total_tokens: int = 2_000_000
@@ -181,7 +203,7 @@ class TrainSettings:
     float32_matmul: typing.Literal["auto", "strict"] = "auto"
     gradient_checkpointing: bool = False
     recompute_experts: bool = False
-    sharding: typing.Literal["none", "fsdp2"] = "none"
+    sharding: typing.Literal["none", "fsdp2", "zero2", "zero3"] = "none"
     num_processes: int | None = None
     num_threads: int = 0
     eval_every_tokens: int = 0
@@ -207,6 +229,7 @@ class RunConfig:
         optim: the optimiser.
         router_loss: the router losses.
         mask_phase: training with the sparse forward at the end.
+        distillation: what sparse steps learn from the all-experts mode.
         guard: what becomes of steps that would do harm.
         train: the loop.
     """
@@ -217,6 +240,7 @@ class RunConfig:
     optim: OptimSettings = field(default_factory=OptimSettings)
     router_loss: RouterLossSettings = field(default_factory=RouterLossSettings)
     mask_phase: MaskPhaseSettings = field(default_factory=MaskPhaseSettings)
+    distillation: DistillationSettings = field(default_factory=DistillationSettings)
     guard: GuardSettings = field(default_factory=GuardSettings)
     train: TrainSettings = field(default_factory=TrainSettings)
 
@@ -239,6 +263,7 @@ class RunConfig:
         """Raise UserError on values that can't work, naming the field."""
         for section, name, low in (
             ("data", "sequence_length", 2),
+            ("data", "first_sample", 0),
             ("train", "total_tokens", 1),
             ("train", "global_batch_size", 1),
             ("train", "micro_batch_size", 1),
@@ -265,6 +290,8 @@ class RunConfig:
                 f"data.sequence_length {self.data.sequence_length} is above "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
             )
+        if not 0 <= self.distillation.coef <= 1:
+            raise UserError(f"distillation.coef is {self.distillation.coef}; it must be from 0 to 1")
         if not 0 <= self.mask_phase.fraction <= 1 or not 0 < self.mask_phase.target_active <= 1:
             raise UserError(
                 f"mask_phase.fraction {self.mask_phase.fraction} and target_active {self.mask_phase.target_active} must "
@@ -272,5 +299,5 @@ class RunConfig:
             )
 
 
-__all__ = ["DataSettings", "GuardSettings", "MaskPhaseSettings", "ModelSettings", "OptimSettings", "Policy", 
-           "RouterLossSettings", "RunConfig", "TrainSettings"]  # fmt: skip
+__all__ = ["DataSettings", "DistillationSettings", "GuardSettings", "MaskPhaseSettings", "ModelSettings", "OptimSettings",
+           "Policy", "RouterLossSettings", "RunConfig", "TrainSettings"]  # fmt: skip

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dsmoe.checkpoint import discard, load_checkpoint, newest_intact, optimizer_tensors, save_checkpoint
+from dsmoe.checkpoint import discard, load_checkpoint, newest_intact, save_checkpoint
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError
 from dsmoe.files import write_json
@@ -96,7 +96,7 @@ class Checkpointer:
         if self._saved_step == self.state.step:
             return
         weights = self.parallel.weights(self.model)
-        moments = optimizer_tensors(self.optimizer, self.parallel.whole)
+        moments = self.parallel.moments(self.optimizer)
         on_main(self.accelerator, lambda: self._write(weights, moments))
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
 
@@ -142,9 +142,10 @@ class Checkpointer:
         return checkpoint
 
     def _resume(self, checkpoint: Path) -> None:
-        record, tensors = load_checkpoint(
-            checkpoint, self.model, self.optimizer, self.parallel.load_weights, self.parallel.part
-        )
+        with self.parallel.restoring(self.optimizer) as optimizer:
+            record, tensors = load_checkpoint(
+                checkpoint, self.model, optimizer, self.parallel.load_weights, self.parallel.part
+            )
         if record["environment"]["corpus"] != self.environment["corpus"]:
             raise UserError(f"{checkpoint}: was trained on another token folder than {self.config.data.path}")
         self.state.load(record, tensors)

@@ -25,6 +25,7 @@ from dsmoe.trainer.lock import RunLock
 from dsmoe.trainer.loop import TrainingRun
 from dsmoe.trainer.seeds import compare, seed_folders, summarise
 from dsmoe.trainer.signals import Stopped, StopSignals
+from dsmoe.trainer.starting_point import adopt_model
 from dsmoe.trainer.together import on_main
 
 EPILOG = """examples:
@@ -72,7 +73,7 @@ def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, Any, str]:
     """The run's configuration, the other arguments, and the resolved YAML."""
     parser = build_parser()
     namespace = parser.parse_args(argv)
-    for name in ("model", "data", "optim", "router_loss", "mask_phase", "guard", "train"):
+    for name in ("model", "data", "optim", "router_loss", "mask_phase", "distillation", "guard", "train"):
         if not isinstance(namespace[name], Namespace):
             raise UserError(f"{name} is {namespace[name]!r}; it must be a mapping of settings")
     made = parser.instantiate(namespace)
@@ -95,6 +96,7 @@ def _run(argv: Sequence[str] | None) -> None:
     if arguments.print_only:
         print(resolved)
         return
+    adopt_model(config)
     config.model_config()
     if arguments.compare_to and not seed_folders(Path(arguments.compare_to)):
         raise UserError(f"--compare_to {arguments.compare_to}: no finished run there (no summary.json)")

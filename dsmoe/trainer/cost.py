@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any
 
-from dsmoe.accounting import count_parameters, training_flops_per_token
+from dsmoe.accounting import count_parameters, forward_flops_per_token, training_flops_per_token
 from dsmoe.config.run import RunConfig
 
 
@@ -34,5 +34,14 @@ def sizes_and_cost(
         "num_params_total": counts.total,
         "num_params_active": counts.active,
         "mlp_active_fraction": counts.mlp_active_fraction,
-        "training_flops": per_token * tokens,
+        "training_flops": (per_token + _teacher_flops(config, model_config)) * tokens,
     }
+
+
+def _teacher_flops(config: RunConfig, model_config: Any) -> float:
+    """FLOPs per token, on average over all steps, of the forward passes that distillation adds."""
+    if not config.distillation.coef:
+        return 0.0
+    share = 1.0 if config.distillation.teacher else config.mask_phase.fraction
+    context = (config.data.sequence_length + 1) / 2
+    return share * forward_flops_per_token(model_config, context, all_experts=True).total

@@ -8,30 +8,54 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError
+from dsmoe.trainer.zero_setup import (
+    STAGES,
+    keep_from_transformers,
+    launcher_set_aside,
+    settle_sharding,
+    zero_plugin,
+)
 
 
 def start(config: RunConfig) -> Accelerator:
     """Make the accelerator of a run.
 
+    Args:
+        config: of the run; `train.sharding` becomes the launcher's where that asks for DeepSpeed.
+
     Raises:
-        UserError: fewer processes came up than were asked for.
+        UserError: fewer processes came up than were asked for, or launcher and run contradict each other.
     """
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     on_cpu = not torch.cuda.is_available()
     # a single process has no group; naming a backend would make accelerate look for one
-    several = int(os.environ.get("WORLD_SIZE", "1")) > 1
-    try:
-        accelerator = Accelerator(
-            cpu=on_cpu,
-            mixed_precision="bf16" if config.train.precision == "bf16" else "no",
-            log_with=config.train.trackers or None,
-            project_dir=config.train.output_dir,
-            kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")] if on_cpu and several else [],
-        )
-    except ValueError as error:
-        # WORLD_SIZE without the rest of a launcher's variables, an unknown tracker, ...
-        raise UserError(f"the processes can't be set up ({' '.join(str(error).split())})") from error
+    num_processes = int(os.environ.get("WORLD_SIZE", "1"))
+    settle_sharding(config.train)
+    if on_cpu:
+        # before DeepSpeed is imported, which transformers does when it saves the first checkpoint
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    with launcher_set_aside():
+        plugin = None
+        if num_processes > 1 and config.train.sharding in STAGES:
+            plugin = zero_plugin(config, num_processes, on_cpu)
+        try:
+            accelerator = Accelerator(
+                # accelerate does without DeepSpeed where it is told that there is a CPU only
+                cpu=on_cpu and plugin is None,
+                mixed_precision="bf16" if config.train.precision == "bf16" and plugin is None else "no",
+                log_with=config.train.trackers or None,
+                project_dir=config.train.output_dir,
+                deepspeed_plugin=plugin,
+                kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]
+                if on_cpu and num_processes > 1
+                else [],
+            )
+        except ValueError as error:
+            # WORLD_SIZE without the rest of a launcher's variables, an unknown tracker, ...
+            raise UserError(f"the processes can't be set up ({' '.join(str(error).split())})") from error
+    if plugin is not None:
+        keep_from_transformers()
     check_processes(accelerator.num_processes, config.train.num_processes)
     idle = (os.cpu_count() or 1) - torch.get_num_threads() * accelerator.num_processes
     if on_cpu and idle > 0:

@@ -24,15 +24,17 @@ from dsmoe.model.kernels import selected_kernel
 from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_factor
 from dsmoe.trainer.checkpointer import Checkpointer
 from dsmoe.trainer.cost import sizes_and_cost
+from dsmoe.trainer.distillation import Distiller
 from dsmoe.trainer.guard import Guard
 from dsmoe.trainer.log import RunLog
-from dsmoe.trainer.mask_phase import ThresholdController
+from dsmoe.trainer.mask_phase import make_controller
 from dsmoe.trainer.matmul import choose_float32_matmul
-from dsmoe.trainer.parallel import strategy
 from dsmoe.trainer.signals import StopSignals
+from dsmoe.trainer.starting_point import first_weights
 from dsmoe.trainer.state import LoopState
 from dsmoe.trainer.statistics import RunningMean, report
 from dsmoe.trainer.step import Stepper, StepResult
+from dsmoe.trainer.strategy import strategy
 from dsmoe.trainer.validation import Validator
 
 
@@ -55,14 +57,14 @@ class TrainingRun:
         set_seed(seed)
         self.raw_model = self._build_model()
         self.validator = Validator(config, self.corpus, accelerator, self.raw_model)
-        self.parallel = strategy(accelerator, config.train.sharding)
+        self.parallel = strategy(accelerator, config.train.sharding, config.train.precision)
         model, optimizer, self.raw_optimizer = self.parallel.prepare(
             self.raw_model, lambda model: build_optimizer(model, config.optim)
         )
         running = None
         if config.router_loss.mi_statistics == "running":
             running = RunningMean(config.router_loss.mi_running_decay)
-        self.state = LoopState(ThresholdController(config.mask_phase), Guard(config.guard), running)
+        self.state = LoopState(make_controller(config.mask_phase, self.raw_model.config), Guard(config.guard), running)
         self.controller = self.state.controller
         self.stepper = Stepper(
             accelerator,
@@ -73,6 +75,7 @@ class TrainingRun:
             running,
             self.parallel,
             self.state.guard,
+            Distiller(config.distillation, accelerator, self.raw_model),
         )
         self.log = RunLog(folder, accelerator)
         self.environment = {
@@ -111,7 +114,7 @@ class TrainingRun:
             )
         if config.eos_token_id is None:
             config.eos_token_id = config.bos_token_id = config.pad_token_id = self.corpus.eos_token_id
-        model = DSMoEForCausalLM(config)
+        model = first_weights(self.config, config)
         set_recompute(model, self.config.train.recompute_experts)
         if self.config.train.gradient_checkpointing:
             # renamed in transformers 5.23, which warns about the old name
@@ -153,7 +156,9 @@ class TrainingRun:
         batches = self._batches()
         if not self.controller.active_at(self.step, total) or self.raw_model.config.num_experts == 1:
             return self.stepper.step(batches, mi_factor)
-        with use_routing(self.raw_model, mlp=self.controller.policy(self.raw_model.config.num_experts)):
+        with use_routing(
+            self.raw_model, **self.controller.routing(self.step, self.raw_model.config.num_experts)
+        ):
             result = self.stepper.step(batches, mi_factor)
         if result.skipped is None:
             statistics = result.statistics["mlp"]
@@ -163,7 +168,8 @@ class TrainingRun:
     def _batches(self) -> list[dict[str, torch.Tensor]]:
         """This process's micro-batches of the present step; sample numbers depend on the step alone."""
         train, accelerator = self.config.train, self.accelerator
-        first = self.step * train.global_batch_size + accelerator.process_index * train.micro_batch_size
+        first = self.config.data.first_sample + self.step * train.global_batch_size
+        first += accelerator.process_index * train.micro_batch_size
         stride = train.micro_batch_size * accelerator.num_processes
         batches = []
         for index in range(self.micro_batches):

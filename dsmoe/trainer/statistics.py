@@ -27,7 +27,11 @@ def batch_statistics(config: DSMoEConfig, outputs, token_mask: Tensor | None) ->
         kept = None
         if not all(config.is_dense_layer(part, layer) for layer in range(len(logits))):
             kept = [
-                keep_experts(layer_logits.detach().flatten(0, -2).softmax(-1), config.routing(part, layer))
+                keep_experts(
+                    layer_logits.detach().flatten(0, -2).softmax(-1),
+                    config.routing(part, layer),
+                    config.kept_experts(part, layer),
+                )
                 for layer, layer_logits in enumerate(logits)
             ]
         found[part] = router_statistics(logits, token_mask, kept)

@@ -12,6 +12,7 @@ from torch import Tensor
 from dsmoe.config.run import GuardSettings, RouterLossSettings
 from dsmoe.losses import RouterStatistics, router_losses
 from dsmoe.model import model_inputs
+from dsmoe.trainer.distillation import Distiller
 from dsmoe.trainer.guard import Guard
 from dsmoe.trainer.parallel import Replicated
 from dsmoe.trainer.statistics import RunningMean, Statistics, add, batch_statistics, part_logits, reduce
@@ -49,6 +50,7 @@ class Stepper:
         running: the running p(e), where that is asked for.
         parallel: how the processes share the model.
         guard: decides whether a gradient is applied.
+        distiller: what sparse steps learn from the all-experts mode; None: nothing.
     """
 
     accelerator: Accelerator
@@ -59,6 +61,7 @@ class Stepper:
     running: RunningMean | None
     parallel: Replicated
     guard: Guard = field(default_factory=lambda: Guard(GuardSettings()))
+    distiller: Distiller | None = None
 
     def step(self, micro_batches: list[Batch], mi_factor: float) -> StepResult:
         """Run one step.
@@ -111,7 +114,7 @@ class Stepper:
     @torch.no_grad()
     def _gather(self, micro_batches: list[Batch]) -> Statistics:
         """The statistics of all micro-batches and processes, by a forward without gradients and with few logits."""
-        model = self.accelerator.unwrap_model(self.model)
+        model = self.parallel.bare(self.model)
         total: Statistics | None = None
         for batch in micro_batches:
             with self.accelerator.autocast():
@@ -127,7 +130,7 @@ class Stepper:
         mi_factor: float,
         known: Statistics | None,
     ) -> tuple[Tensor, Statistics]:
-        config = self.accelerator.unwrap_model(self.model).config
+        config = self.parallel.bare(self.model).config
         outputs = self.model(
             **model_inputs(batch),
             shift_labels=batch["shift_labels"],
@@ -137,6 +140,9 @@ class Stepper:
         token_mask = batch.get("attention_mask")
         local = batch_statistics(config, outputs, token_mask)
         loss = outputs.loss
+        bare = self.parallel.bare(self.model)
+        if self.distiller is not None and self.distiller.wanted(bare):
+            loss = self.distiller.add(loss, outputs, bare, batch, num_labels)
         statistics = known
         means: dict[str, Tensor] = {}
         if statistics is None:
@@ -155,7 +161,7 @@ class Stepper:
             if self.settings.router_z_loss_coef:
                 loss = loss + self.settings.router_z_loss_coef * losses.z_loss
         # gradients are averaged over processes, and every term above is already divided by the global count
-        self.accelerator.backward(loss * self.accelerator.num_processes)
+        self.parallel.backward(self.model, loss * self.accelerator.num_processes)
         return outputs.loss.detach().double(), local
 
 

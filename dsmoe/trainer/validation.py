@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 
+from dsmoe.config import DSMoEConfig
 from dsmoe.config.routing import Policy
 from dsmoe.config.run import RunConfig
 from dsmoe.data.corpus import TokenCorpus
@@ -20,7 +21,10 @@ from dsmoe.trainer.mask_phase import ThresholdController
 
 @torch.no_grad()
 def mean_loss(
-    accelerator: Accelerator, model: Any, batches: Sequence[dict[str, Tensor]], policy: Policy | None = None
+    accelerator: Accelerator,
+    model: Any,
+    batches: Sequence[dict[str, Tensor]],
+    policy: Policy | Sequence[Policy] | None = None,
 ) -> tuple[float, list[float]]:
     """Language-modelling loss in nats per token; the batches are split over processes.
 
@@ -47,18 +51,24 @@ def mean_loss(
         if policy is not None:
             mask = batch["attention_mask"].flatten().bool()
             sums[2] += counts * mask.sum()
-            sums[3:] += counts * kept_experts(output.router_logits, mask, policy)
+            sums[3:] += counts * kept_experts(output.router_logits, mask, model.config)
     model.train()
     sums = accelerator.reduce(sums, reduction="sum")
     active = (sums[3:] / sums[2].clamp(min=1)).tolist()
     return float(sums[0] / sums[1].clamp(min=1)), active
 
 
-def kept_experts(router_logits: Iterable[Tensor], mask_T: Tensor, policy: Policy) -> Tensor:
-    """Experts that `policy` keeps in each layer, summed over the tokens of the mask; float64 of shape [layers]."""
+def kept_experts(router_logits: Iterable[Tensor], mask_T: Tensor, config: DSMoEConfig) -> Tensor:
+    """MLP experts kept in each layer by the config's policies, summed over the tokens of the mask; float64 [layers]."""
     kept = (
-        keep_experts(layer.flatten(0, -2)[mask_T].softmax(-1), policy).sum().double()
-        for layer in router_logits
+        keep_experts(
+            logits.flatten(0, -2)[mask_T].softmax(-1),
+            config.routing("mlp", layer),
+            config.kept_experts("mlp", layer),
+        )
+        .sum()
+        .double()
+        for layer, logits in enumerate(router_logits)
     )
     return torch.stack(list(kept))
 
@@ -92,7 +102,7 @@ class Validator:
         """The batches, made at the first use."""
         return list(self._make_batches(self.split))
 
-    def sparse_policy(self, controller: ThresholdController) -> Policy | None:
+    def sparse_policy(self, controller: ThresholdController) -> Policy | Sequence[Policy] | None:
         """The MLP policy of sparse validation: the mask phase's, before it `train.eval_policy`; None without DS-MoE."""
         config = self.model.config
         if config.kind != "dsmoe" or config.num_experts == 1:
@@ -138,4 +148,5 @@ class Validator:
         with self.accelerator.autocast():
             logits = self.model(**model_inputs(batch), use_cache=False, logits_to_keep=1).router_logits
         mask = batch["attention_mask"].flatten().bool()
-        return (kept_experts(logits, mask, policy) / mask.sum()).tolist()
+        with use_routing(self.model, mlp=policy):
+            return (kept_experts(logits, mask, self.model.config) / mask.sum()).tolist()

@@ -1,0 +1,9 @@
+"""Compare training on one process with training on two; `--help` says how."""
+
+import sys
+
+from dsmoe.records import write_record
+from dsmoe.trainer.compare_processes import main
+
+if __name__ == "__main__":
+    sys.exit(main(record=write_record))

@@ -1,0 +1,151 @@
+"""Starting from a checkpoint, training with fixed policies, self-distillation, and `dsmoe polish`."""
+
+import json
+
+import pytest
+import torch
+from torch.nn import functional
+
+from dsmoe import cli
+from dsmoe.config.run import MaskPhaseSettings
+from dsmoe.data.corpus import TokenCorpus
+from dsmoe.errors import UserError
+from dsmoe.trainer.distillation import kl_divergence
+from dsmoe.trainer.mask_phase import make_controller
+
+MI = {"router_loss__router_mi_loss_coef_mlp": 1e-3}
+
+
+@pytest.fixture
+def dense_run(train):
+    """A finished DS-MoE run of a few steps."""
+    found = train("dense", **MI)
+    assert found.status == 0
+    return found
+
+
+def sparsified(run, *words):
+    """A sparse checkpoint of a run."""
+    output = run.folder.parent / f"sparse{len(list(run.folder.parent.iterdir()))}"
+    assert cli.main(["sparsify", str(run.folder), "--output", str(output), *words]) == 0
+    return output
+
+
+def test_kl_divergence_is_torchs_own():
+    generator = torch.Generator().manual_seed(0)
+    student, teacher = (torch.randn(2, 5, 11, generator=generator) for _ in range(2))
+    labels = torch.randint(11, (2, 5), generator=generator)
+    labels[0, 3] = labels[1, 0] = -100
+    kept = labels.flatten() != -100
+    wanted = functional.kl_div(
+        student.flatten(0, 1)[kept].log_softmax(-1),
+        teacher.flatten(0, 1)[kept].log_softmax(-1),
+        reduction="sum",
+        log_target=True,
+    )
+    assert float(kl_divergence(student, teacher, labels)) == pytest.approx(float(wanted), rel=1e-5)
+    assert float(kl_divergence(teacher, teacher, labels)) == pytest.approx(0.0, abs=1e-6)
+
+
+def test_a_run_starts_from_the_weights_of_another(train, dense_run):
+    still = train("still", train__init_from=dense_run.folder, optim__learning_rate=0.0, **MI)
+    assert still.status == 0
+    before, after = dense_run.weights(), still.weights()
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+
+
+def test_the_text_goes_on_where_another_run_ended(train):
+    """With a learning rate of zero, losses are those of the text alone."""
+    settings = {"optim__learning_rate": 0.0, "train__log_every_steps": 1}
+    whole = train("whole", **settings).losses()
+    later = train("later", data__first_sample=2 * batch_size(train), **settings).losses()
+    assert later[: len(whole) - 2] == pytest.approx(whole[2:], rel=1e-6)
+
+
+def batch_size(train):
+    """Samples of a step of the tiny runs."""
+    from conftest import TRAIN
+
+    return TRAIN["train.global_batch_size"]
+
+
+def test_distillation_pulls_the_sparse_mode_to_the_teacher(train, dense_run, corpus_dir):
+    """With coef 1 and a frozen teacher the gradient is that of the KL alone: the divergence falls."""
+    policies = sparsified(dense_run, "--policy", "top_k", "--k", "1")
+    teacher = train("teacher", train__seeds=[1], train__total_tokens=4096)
+    settings = {
+        "train__init_from": dense_run.folder, "mask_phase__fraction": 1.0, "mask_phase__policies": [str(policies)],
+        "distillation__coef": 1.0, "distillation__teacher": teacher.folder, "optim__learning_rate": 3e-3,
+        "train__total_tokens": 4096,
+    }  # fmt: skip
+    polished = train("polished", **settings)
+    assert polished.status == 0
+    before, after = (divergence(teacher, run, policies, corpus_dir) for run in (dense_run, polished))
+    assert after < 0.7 * before
+
+
+def divergence(teacher, student, policies, corpus_dir):
+    """Mean KL of a run's model under the policies from the teacher's all-experts mode, on text of the corpus."""
+    from dsmoe.checkpoint.pretrained import load_pretrained
+    from dsmoe.model import use_routing
+    from dsmoe.sparsify.calibration import sample_corpus
+
+    models = [load_pretrained(run.folder, torch.float32)[0] for run in (teacher, student)]
+    routing = load_pretrained(policies, torch.float32)[0].config.mlp_routing
+    batch = sample_corpus(TokenCorpus(corpus_dir), "train", 1024, 16, 64, 0).batches[0]
+    tokens, labels = batch["input_ids"], batch["shift_labels"]
+    with torch.no_grad(), use_routing(models[1], mlp=routing):
+        return (
+            float(kl_divergence(models[1](tokens).logits, models[0](tokens).logits, labels)) / tokens.numel()
+        )
+
+
+def test_self_distillation_is_off_in_all_experts_mode(train):
+    plain = train("plain", **MI)
+    assert train("distilled", distillation__coef=0.5, **MI).log() == plain.log()
+
+
+def test_policies_are_drawn_by_the_number_of_the_step(dense_run, tiny_config):
+    first = sparsified(dense_run, "--policy", "top_k", "--k", "1")
+    second = sparsified(dense_run, "--policy", "top_k", "--k", "2")
+    from dsmoe.config import DSMoEConfig
+
+    config = DSMoEConfig.from_pretrained(first)
+    settings = MaskPhaseSettings(fraction=1.0, policies=[str(first), str(second)])
+    ks = [
+        [cycle.routing(step, 4)["mlp"][0]["k"] for step in range(40)]
+        for cycle in (make_controller(settings, config), make_controller(settings, config))
+    ]
+    assert ks[0] == ks[1] and set(ks[0]) == {1, 2}
+    with pytest.raises(UserError, match="num_hidden_layers"):
+        make_controller(settings, tiny_config(num_hidden_layers=config.num_hidden_layers + 1))
+    with pytest.raises(UserError, match=r"no config\.json"):
+        make_controller(MaskPhaseSettings(policies=["nowhere"]), config)
+
+
+def test_polish_command(train, dense_run, capsys):
+    policies = sparsified(dense_run, "--policy", "top_k", "--k", "1")
+    output = dense_run.folder.parent / "polished"
+    words = ["polish", str(dense_run.folder), "--policies", str(policies), "--output", str(output), "--tokens", "2k",
+             "--measure-tokens", "500"]  # fmt: skip
+    train("unrelated", train__total_tokens=64)  # leaves accelerate's state as a fresh process has it
+    from accelerate.state import AcceleratorState, GradientState
+
+    AcceleratorState._reset_state(reset_partial_state=True)
+    GradientState._reset_state()
+    assert cli.main(words) == 0
+    sparse = output / policies.name
+    report = json.loads((sparse / "sparsity.json").read_text())
+    assert report["polished"]["tokens"] == 2000 and report["measured_loss"] > 0
+    config = json.loads((sparse / "config.json").read_text())
+    assert {policy["k"] for policy in config["mlp_routing"]} == {1}
+    run = json.loads((output / "summary.json").read_text())["config"]
+    dense = json.loads((dense_run.folder / "summary.json").read_text())["config"]
+    assert run["optim"]["learning_rate"] == pytest.approx(
+        dense["optim"]["learning_rate"] * dense["optim"]["min_lr_ratio"]
+    )
+    assert run["data"]["first_sample"] > 0 and run["model"]["num_experts"] == dense["model"]["num_experts"]
+    assert cli.main([*words[:1], str(dense_run.folder.parent), *words[2:]]) == 2
+    assert "summary.json" in capsys.readouterr().err
