@@ -16,6 +16,7 @@ PACKAGES = (
     "datasets",
     "lm_eval",
     "safetensors",
+    "deepspeed",
     "numpy",
 )
 
