@@ -6,7 +6,8 @@ import statistics
 import pytest
 import torch
 
-from dsmoe.bench import inference, inference_command
+from dsmoe import DSMoEConfig, DSMoEForCausalLM
+from dsmoe.bench import inference, inference_command, inference_model
 from dsmoe.bench.ceiling import gemm_flops_per_second, read_bytes_per_second
 from dsmoe.bench.inference_contestants import IMPLEMENTATIONS, batches, layer_steps, layer_weights
 from dsmoe.bench.inference_tables import goal, result_table
@@ -92,6 +93,58 @@ def test_full_plan_is_what_the_claims_are_about():
     assert goal({**row, "phase": "prefill", "dtype": "bf16", "k": 8}) == pytest.approx((1.5 / 4, 2.2))
 
 
+def check_model(model):
+    config = DSMoEConfig(**model["sizes"], num_experts=8)
+    assert model["num_params_total"] == sum(p.numel() for p in DSMoEForCausalLM(config).parameters())
+    assert model["num_params_total"] - model["num_params_active"] == 2 * 3 * 32 * 128 * 3 // 4
+    rows = model["rows"]
+    assert [row["dtype"] for row in rows] == ["f32", "bf16", "int8"]
+    assert model["tokens_per_second_ratio_to_dense"] == min(
+        row["tokens_per_second_ratio_to_dense"] for row in rows[:2]
+    )
+    for row in rows:
+        seconds = row["seconds"]
+        assert row["tokens_per_second_ratio_to_dense"] == pytest.approx(
+            statistics.median(a / b for a, b in zip(seconds["dense"], seconds["own"]))
+        )
+        assert 1 < row["ideal_ratio_to_dense"] < 4 and 0.5 < row["experts_used_by_prompt"] <= 1
+        assert row["own"]["cache_bytes"] == row["dense"]["cache_bytes"]
+        changed = [(step["k"], step["batch"], step["context"]) for step in row["growth"]]
+        expected = [(2, 1, 8), (1, 1, 8), (4, 1, 8), (8, 1, 8), (2, 2, 8), (2, 4, 8), (2, 8, 8), (2, 1, 32)]
+        assert changed == ([] if row["dtype"] == "int8" else expected)
+        assert (row["speedup_over_transformers"] is None) == (row["dtype"] == "int8")
+    assert (
+        rows[0]["own"]["weight_bytes"] == 4 * model["num_params_total"] == 2 * rows[1]["own"]["weight_bytes"]
+    )
+    assert rows[0]["own"]["bytes_read_per_token"] == 4 * model["num_params_active"]
+
+
+def test_the_model_is_what_the_claim_is_about():
+    case = inference.FULL.model
+    with torch.device("meta"):
+        total = inference_model.model_summary(
+            case, [{"dtype": "f32", "tokens_per_second_ratio_to_dense": 1.0}]
+        )
+    assert total["num_params_total"] >= 100_000_000 and total["mlp_share_active"] <= 1 / 3
+
+
+def test_transformers_loop_is_theirs(monkeypatch):
+    case = inference.QUICK.model
+    model = inference_model._model(case, "f32", "own")
+    monkeypatch.setattr(DSMoEForCausalLM, "_sample", None)
+    inference_model._transformers_generate(model, torch.tensor([[1, 2, 3]]), 2)
+
+
+def test_only_the_model(capsys):
+    assert (
+        inference_command.main(write_record, ["--quick", "--threads", "1", "--only", "model", "--json", "-"])
+        == 0
+    )
+    results = json.loads(capsys.readouterr().out)
+    assert results["layers"] == [] and results["model"]["tokens_per_second_ratio_to_dense"] > 0
+    assert "| layer |" not in result_table(results)
+
+
 def test_quick_run_writes_the_promised_form(capsys, tmp_path):
     before = torch.backends.mkldnn.matmul.fp32_precision
     record = tmp_path / "record"
@@ -99,18 +152,18 @@ def test_quick_run_writes_the_promised_form(capsys, tmp_path):
     assert inference_command.main(write_record, arguments) == 0
     results = json.loads(capsys.readouterr().out)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
-    assert len(results["layers"]) == 2 * 3 * 2  # dtypes; batch 1, batch 8, prefill; policies
+    assert len(results["layers"]) == 3 * 3 * 2  # dtypes; batch 1, batch 8, prefill; policies
     keys = {
         (row["case"], row["dtype"], row["phase"], row["batch"], row["policy"]) for row in results["layers"]
     }
     assert len(keys) == len(results["layers"])
-    assert {row["dtype"] for row in results["layers"]} == {"f32", "bf16"}
+    assert {row["dtype"] for row in results["layers"]} == {"f32", "bf16", "int8"}
     for row in results["layers"]:
         seconds = row["seconds"]
         assert row["time_ratio_to_all_experts"] == pytest.approx(
             statistics.median(a / b for a, b in zip(seconds[row["policy"]], seconds["all_experts"]))
         )
-        all_bytes = 3 * 32 * 8 * 8 * (4 if row["dtype"] == "f32" else 2)
+        all_bytes = 3 * 32 * 8 * 8 * {"f32": 4, "bf16": 2, "int8": 1}[row["dtype"]]
         assert 0 < row["active_bytes"] <= all_bytes and 0 < row["ideal_ratio"] <= 1
         if row["phase"] == "decode":
             assert row["ideal_ratio"] == pytest.approx(row["active_bytes"] / all_bytes, rel=1e-2)
@@ -119,9 +172,10 @@ def test_quick_run_writes_the_promised_form(capsys, tmp_path):
             assert row["ideal_ratio"] == pytest.approx(row["k"] / 8)
             assert row["share_of_gemm_ceiling"] > 0
         assert row["speedup_over_transformers"] > 0
-    assert results["model"] is None
+    check_model(results["model"])
     assert {"versions", "hardware"} <= set(results)
-    assert result_table(results).count("\n| d32") == 12
+    assert result_table(results).count("\n| d32") == 18
+    assert result_table(results).count("attention projections") == 3
     assert json.loads((record / "results.json").read_text(encoding="utf-8")) == results
     assert "| d32 N8 F8 K2 f32 | decode" in (record / "README.md").read_text(encoding="utf-8")
 

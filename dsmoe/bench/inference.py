@@ -17,6 +17,7 @@ from dsmoe.bench.inference_contestants import (
     layer_steps,
     layer_weights,
 )
+from dsmoe.bench.inference_model import FULL_MODEL, QUICK_MODEL, ModelCase
 from dsmoe.bench.timing import interleaved_seconds, ratio
 from dsmoe.bench.training import case_name
 
@@ -37,6 +38,7 @@ class InferencePlan:
         batches: tokens of a decoding step.
         prefill_tokens: tokens of a prefill.
         cold_bytes: weights that calls rotate over in decoding; several times the largest cache.
+        model: the whole model.
     """
 
     decode_rounds: int
@@ -46,6 +48,7 @@ class InferencePlan:
     batches: tuple[int, ...]
     prefill_tokens: int
     cold_bytes: int
+    model: ModelCase
 
 
 FULL = InferencePlan(
@@ -56,6 +59,7 @@ FULL = InferencePlan(
     batches=(1, 8),
     prefill_tokens=1024,
     cold_bytes=300 << 20,
+    model=FULL_MODEL,
 )
 QUICK = InferencePlan(
     decode_rounds=3,
@@ -65,6 +69,7 @@ QUICK = InferencePlan(
     batches=(1, 8),
     prefill_tokens=64,
     cold_bytes=1 << 16,
+    model=QUICK_MODEL,
 )
 
 
@@ -110,7 +115,7 @@ def measure_layer(
         advance: called after each timed step.
     """
     dtype = DTYPES[dtype_name]
-    weights = layer_weights(sizes, dtype, plan.cold_bytes)
+    weights = layer_weights(sizes, dtype, plan.cold_bytes, dtype_name == "int8")
     ceilings: dict[str, float] = {}
     if "decode" in phases:
         ceilings["read"] = read_bytes_per_second(plan.cold_bytes, _READ_ROUNDS)
@@ -157,8 +162,8 @@ def _measure_case(
 
 def _peers_that_run(weights: LayerWeights, batch: Batch) -> tuple[list[str], dict[str, str]]:
     """transformers' implementations that can run this case, and why the others don't."""
-    up, down = weights.own[0]
-    copied = batch.index.numel() * (up.nbytes + down.nbytes) // up.shape[0]
+    up, down = weights.own[0][:2]
+    copied = batch.index.numel() * (up.numel() + down.numel()) * weights.dtype.itemsize // up.shape[0]
     peers, notes = [], {}
     for name in IMPLEMENTATIONS:
         if name == "batched_mm" and copied > _LARGEST_COPY_BYTES:
@@ -181,7 +186,7 @@ def _policy_row(
     seconds: Mapping[str, list[float]],
     best: str | None,
 ) -> dict[str, Any]:
-    up, down = weights.own[0]
+    up, down = weights.own[0][:2]
     num_experts = up.shape[0]
     masks = [getattr(batch, policy) for batch in given]
     mean_kept = statistics.fmean(float(mask.sum(-1).double().mean()) for mask in masks)
@@ -220,7 +225,7 @@ def _shares(
 ) -> dict[str, Any]:
     """How near the ceilings the policy and the all-experts path come."""
     hidden_size, num_experts, width = weights.sizes
-    up, down = weights.own[0]
+    up, down = weights.own[0][:2]
     ours = statistics.median(row["seconds"][row["policy"]])
     all_experts = statistics.median(row["seconds"]["all_experts"])
     if case.phase == "decode":

@@ -15,6 +15,7 @@ from tqdm import tqdm
 
 from dsmoe.bench.inference import FULL, QUICK, InferencePlan, measure_layer
 from dsmoe.bench.inference_contestants import DTYPES
+from dsmoe.bench.inference_model import measure_model, model_summary
 from dsmoe.bench.inference_tables import result_table
 from dsmoe.bench.timing import checked_threads, threads_in_use, usable_cores
 from dsmoe.environment import describe
@@ -23,11 +24,12 @@ from dsmoe.files import write_json
 from dsmoe.model.kernels import inference_kernel
 from dsmoe.trainer.matmul import choose_float32_matmul
 
-PARTS = ("decode", "prefill")
+PARTS = ("decode", "prefill", "model")
 EXAMPLES = """examples:
   python eval/bench_inference.py
   python eval/bench_inference.py --json results.json
   python eval/bench_inference.py --only decode --threads 1 --json -
+  python eval/bench_inference.py --only model --threads 1 --rounds 5
   python eval/bench_inference.py --record eval/records/inference-layers
   python eval/bench_inference.py --quick
 Times depend on what else the machine does: run it on a quiet one. Verdicts use ratios alone.
@@ -58,16 +60,23 @@ def measure(
         "layers": [],
         "model": None,
     }
+    models = []
     try:
         for count in threads:
             with threads_in_use(count) as cores:
-                for sizes in plan.layers:
+                for sizes in plan.layers if set(parts) - {"model"} else ():
                     for dtype_name in DTYPES:
                         shown = f"d{sizes[0]} {dtype_name}, {count} thread{'s' if count > 1 else ''}"
                         rows = measure_layer(sizes, dtype_name, plan, parts, partial(advance, shown))
                         results["layers"] += [{**row, "threads": count, "cores": cores} for row in rows]
+                for dtype_name in DTYPES if "model" in parts else ():
+                    shown = f"model {dtype_name}, {count} thread{'s' if count > 1 else ''}"
+                    row = measure_model(plan.model, dtype_name, partial(advance, shown))
+                    models.append({**row, "threads": count, "cores": cores})
     finally:
         torch.backends.mkldnn.matmul.fp32_precision = mode  # type: ignore[attr-defined]
+    if models:
+        results["model"] = model_summary(plan.model, models)
     return {**results, **describe()}
 
 
@@ -77,7 +86,8 @@ def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
     if args.rounds is not None:
         if args.rounds < 1:
             raise UserError(f"--rounds is {args.rounds}; it must be at least 1")
-        plan = replace(plan, decode_rounds=args.rounds, prefill_rounds=args.rounds)
+        model = replace(plan.model, rounds=args.rounds, transformers_rounds=min(args.rounds, 4))
+        plan = replace(plan, decode_rounds=args.rounds, prefill_rounds=args.rounds, model=model)
     if args.record and args.record.exists() and not args.overwrite:
         raise UserError(f"--record {args.record}: it exists already; --overwrite replaces it")
     threads = checked_threads(args.threads)
@@ -99,7 +109,7 @@ def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
             write_json(file, results)
             write_record(
                 args.record,
-                title="Inference of expert layers: kept experts against all, dense and transformers",
+                title="Inference of expert layers and a whole model: kept experts against all, dense and transformers",
                 command=f"python eval/bench_inference.py --record {args.record.name}",
                 conclusion=table,
                 files=[file],
@@ -118,7 +128,9 @@ def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -
         prog="python eval/bench_inference.py",
         description=(
             "Time of expert layers in inference: kept experts (top-K and threshold) against all experts, a dense "
-            "layer and transformers' experts, interleaved, on pinned threads, with cold weights in decoding."
+            "layer and transformers' experts, interleaved, on pinned threads, with cold weights in decoding. Then a "
+            "whole model of 158M parameters: decoding with 8 of 32 experts against its dense twin in the same loop, "
+            "and against transformers' generate."
         ),
         epilog=EXAMPLES,
         formatter_class=argparse.RawDescriptionHelpFormatter,
@@ -129,13 +141,16 @@ def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -
     )
     parser.add_argument("--record", type=Path, metavar="DIR", help="also write a record")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
-    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="of decode, prefill")
+    parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="of decode, prefill, model")
     parser.add_argument(
         "--threads", type=int, nargs="+", default=list(range(1, min(2, usable_cores()) + 1)), metavar="N",
         help="numbers of threads, measured one after the other (default: 1 and, with two cores, 2)",
     )  # fmt: skip
     parser.add_argument(
-        "--rounds", type=int, metavar="R", help="timed rounds of each case (default: decode 100, prefill 15)"
+        "--rounds",
+        type=int,
+        metavar="R",
+        help="timed rounds of each case (default: decode 100, prefill 15, model 12)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes and few rounds, to see that it works"

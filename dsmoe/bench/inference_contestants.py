@@ -15,9 +15,11 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 
 from dsmoe.bench.contestants import DenseSwiGLU
 from dsmoe.model.grouped import grouped_experts
+from dsmoe.model.int8 import int8_experts, quantize_rows
 from dsmoe.model.wide import wide_experts
 
-DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16}
+# of tokens, and of weights but for int8, which is ours alone: there dense and transformers have bfloat16 weights
+DTYPES = {"f32": torch.float32, "bf16": torch.bfloat16, "int8": torch.bfloat16}
 IMPLEMENTATIONS = ("eager", "batched_mm", "grouped_mm")
 
 
@@ -27,32 +29,39 @@ class LayerWeights:
 
     Attributes:
         sizes: D, N, F.
-        dtype: of weights and tokens.
-        own: up [N, 2F, D] and down [N, F, D] of each copy.
+        dtype: of tokens, and of weights that are not int8.
+        own: up [N, 2F, D] and down [N, F, D] of each copy, and their scales where they are int8.
         dense: nn.Linear SwiGLUs of width N * F.
         stock: transformers' experts by implementation; those of one copy share their Parameters.
     """
 
     sizes: tuple[int, int, int]
     dtype: torch.dtype
-    own: list[tuple[Tensor, Tensor]]
+    own: list[tuple[Tensor, ...]]
     dense: list[nn.Module]
     stock: dict[str, list[nn.Module]]
 
 
-def layer_weights(sizes: tuple[int, int, int], dtype: torch.dtype, cold_bytes: int) -> LayerWeights:
+def layer_weights(
+    sizes: tuple[int, int, int], dtype: torch.dtype, cold_bytes: int, int8: bool = False
+) -> LayerWeights:
     """Make the copies.
 
     Args:
         sizes: D, N, F.
         dtype: of the weights.
         cold_bytes: at least so many bytes of each form; and at least two copies.
+        int8: our own weights are int8.
     """
     hidden_size, num_experts, width = sizes
     up = (torch.randn(num_experts, 2 * width, hidden_size) * hidden_size**-0.5).to(dtype)
     down = (torch.randn(num_experts, width, hidden_size) * width**-0.5).to(dtype)
-    copies = max(2, -(-cold_bytes // (up.nbytes + down.nbytes)))
-    own = [(up.clone(), down.clone()) for _ in range(copies)]
+    ours: tuple[Tensor, ...] = (up, down)
+    if int8:
+        (up_q, up_scales), (down_q, down_scales) = quantize_rows(up), quantize_rows(down)
+        ours = up_q, down_q, up_scales, down_scales
+    copies = max(2, -(-cold_bytes // (ours[0].nbytes + ours[1].nbytes)))
+    own = [tuple(tensor.clone() for tensor in ours) for _ in range(copies)]
     dense: list[nn.Module] = []
     stock: dict[str, list[nn.Module]] = {name: [] for name in IMPLEMENTATIONS}
     for _ in range(copies):
@@ -143,7 +152,7 @@ def layer_steps(
     Returns:
         "top_k", "threshold", "all_experts", "dense" and each peer, to its step.
     """
-    copies = len(weights.own)
+    copies, int8 = len(weights.own), len(weights.own[0]) > 2
 
     def turns(function: Callable[[int, Batch], Any], start: int) -> Callable[[], Any]:
         number = -1
@@ -156,17 +165,25 @@ def layer_steps(
         return step
 
     def kept(policy: str) -> Callable[[int, Batch], Any]:
-        return lambda copy, batch: grouped_experts(
-            batch.x, batch.gates, getattr(batch, policy), *weights.own[copy], "swiglu"
-        )
+        if int8:
+            return lambda copy, batch: _int8_step(weights.own[copy], batch, getattr(batch, policy))
+
+        def step(copy: int, batch: Batch) -> Tensor:
+            up, down = weights.own[copy]
+            return grouped_experts(batch.x, batch.gates, getattr(batch, policy), up, down, "swiglu")
+
+        return step
+
+    def all_experts(copy: int, batch: Batch) -> Tensor:
+        if int8:
+            return _int8_step(weights.own[copy], batch, None)
+        up, down = weights.own[copy]
+        return wide_experts(batch.x, batch.gates, up, down, "swiglu")
 
     steps = {
         "top_k": turns(kept("top_k"), 0),
         "threshold": turns(kept("threshold"), copies // 3),
-        "all_experts": turns(
-            lambda copy, batch: wide_experts(batch.x, batch.gates, *weights.own[copy], "swiglu"),
-            2 * copies // 3,
-        ),
+        "all_experts": turns(all_experts, 2 * copies // 3),
         "dense": turns(lambda copy, batch: weights.dense[copy](batch.x), 0),
     }
     for place, name in enumerate(peers):
@@ -175,6 +192,11 @@ def layer_steps(
             place * copies // max(1, len(peers)),
         )
     return steps
+
+
+def _int8_step(own: tuple[Tensor, ...], batch: Batch, expert_mask: Tensor | None) -> Tensor:
+    up, down, *scales = own
+    return int8_experts(batch.x, batch.gates, expert_mask, up, down, "swiglu", *scales)
 
 
 def _stock_step(modules: Sequence[nn.Module], copy: int, batch: Batch) -> Tensor:

@@ -5,6 +5,7 @@ from typing import Any
 
 # largest active bytes of a decoding step at which fixed costs are allowed to show
 _SMALL_BYTES = 5_000_000
+_MODEL_GOAL = 1.8
 
 
 def goal(row: Mapping[str, Any]) -> tuple[float, float] | None:
@@ -13,6 +14,8 @@ def goal(row: Mapping[str, Any]) -> tuple[float, float] | None:
     The ratio is to all experts in decoding, to the dense layer in prefill. A threshold has the same claims as top-K,
     10% apart.
     """
+    if row["dtype"] == "int8":
+        return None
     bf16 = row["dtype"] == "bf16"
     slack = 1.1 if row["policy"] == "threshold" else 1.0
     share = row["k"] / row["num_experts"]
@@ -43,13 +46,55 @@ def result_table(results: Mapping[str, Any]) -> str:
         "| x transformers (best) | % of ceiling (all experts) | us |",
         "|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
-    lines += [_line(row) for row in results["layers"]]
+    lines = [*lines, *(_line(row) for row in results["layers"])] if results["layers"] else lines[:2]
     notes = {
         f"transformers {peer}: {note}"
         for row in results["layers"]
         for peer, note in row["transformers_notes"].items()
     }
-    return "\n".join([*lines, "", *sorted(notes)]).rstrip()
+    lines += ["", *sorted(notes)]
+    if results["model"]:
+        lines += ["", *_model_lines(results["model"])]
+    return "\n".join(lines).strip()
+
+
+def _model_lines(model: Mapping[str, Any]) -> list[str]:
+    """The whole model; milliseconds of a token by part are of ours / of the dense twin."""
+    lines = [
+        f"Whole model: {model['num_params_total'] / 1e6:.1f}M parameters, {model['k']} of {model['num_experts']} experts "
+        f"({100 * model['mlp_share_active']:.0f}% of the MLP), batch 1, {model['prompt_tokens']} tokens in the cache. "
+        "Dense twin in the same loop; transformers: its own generate, with our model.",
+        "",
+        "| dtype | threads | tok/s | dense tok/s | ratio (ideal) | x transformers | % of read bandwidth (dense) "
+        "| ms by part: ours / dense | weights + cache + growth MB |",
+        "|---|---|---|---|---|---|---|---|---|",
+    ]
+    for row in model["rows"]:
+        own, dense = row["own"], row["dense"]
+        parts = ", ".join(
+            f"{part.replace('_', ' ')} {value:.2f} / {dense['milliseconds_by_part'][part]:.2f}"
+            for part, value in own["milliseconds_by_part"].items()
+        )
+        missed = (
+            "*" if row["dtype"] != "int8" and row["tokens_per_second_ratio_to_dense"] < _MODEL_GOAL else ""
+        )
+        speedup, growth = row["speedup_over_transformers"], own["memory_growth_bytes"]
+        lines.append(
+            f"| {row['dtype']} | {row['threads']} | {own['tokens_per_second']:.1f} | {dense['tokens_per_second']:.1f} "
+            f"| {row['tokens_per_second_ratio_to_dense']:.2f}{missed} ({row['ideal_ratio_to_dense']:.2f}) "
+            f"| {'-' if speedup is None else f'{speedup:.1f}'} "
+            f"| {100 * own['share_of_read_bandwidth']:.0f} ({100 * dense['share_of_read_bandwidth']:.0f}) | {parts} "
+            f"| {own['weight_bytes'] / 1e6:.0f} + {own['cache_bytes'] / 1e6:.0f} "
+            f"+ {'?' if growth is None else f'{growth / 1e6:.0f}'} |"
+        )
+    for row in model["rows"]:
+        steps = ", ".join(
+            f"K{step['k']} B{step['batch']} context {step['context']}: {1e3 * step['seconds_per_step']:.1f}"
+            for step in row["growth"]
+        )
+        if steps:
+            lines += ["", f"Milliseconds of a step, {row['dtype']}, {row['threads']} threads: {steps}."]
+    return lines
 
 
 def _line(row: Mapping[str, Any]) -> str:

@@ -1,6 +1,8 @@
 """The model: one transformers architecture that config turns into a dense twin, an SMoE or a DS-MoE."""
 
+from dsmoe.model.generation import Decoder, generate
 from dsmoe.model.inputs import model_inputs
+from dsmoe.model.int8 import quantize_int8
 from dsmoe.model.modeling import DSMoEForCausalLM, DSMoEModel
 from dsmoe.model.outputs import DSMoECausalLMOutput, DSMoEModelOutput
 from dsmoe.model.policy import set_routing, use_routing
@@ -13,7 +15,10 @@ __all__ = [
     "DSMoEForCausalLM",
     "DSMoEModel",
     "DSMoEModelOutput",
+    "Decoder",
+    "generate",
     "model_inputs",
+    "quantize_int8",
     "remove_experts",
     "set_recompute",
     "set_routing",

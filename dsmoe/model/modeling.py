@@ -190,7 +190,11 @@ class DSMoEModel(DSMoEPreTrainedModel):
 
 
 class DSMoEForCausalLM(DSMoEPreTrainedModel, GenerationMixin):
-    """The language model: dense twin, SMoE or DS-MoE, as the config says."""
+    """The language model: dense twin, SMoE or DS-MoE, as the config says.
+
+    `generate` is that of transformers. On CPU its greedy search and sampling decode with a lean step (see
+    `dsmoe.model.generation`, which has a `generate` of its own); `sample_of_transformers` there says for which arguments.
+    """
 
     _tied_weights_keys = {"lm_head.weight": "model.embed_tokens.weight"}  # noqa: RUF012
 
@@ -201,6 +205,17 @@ class DSMoEForCausalLM(DSMoEPreTrainedModel, GenerationMixin):
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         mark(self.lm_head, "lm_head", 0)
         self.post_init()
+
+    def _sample(self, *args: Any, **kwargs: Any) -> Any:
+        """transformers' loop of greedy search and sampling, with a lean step where that covers the arguments."""
+        from dsmoe.model.generation import (
+            sample_of_transformers,
+        )  # a cycle: generation checks itself with a model
+
+        output = sample_of_transformers(self, *args, **kwargs)
+        if output is None:
+            output = super()._sample(*args, **kwargs)  # type: ignore[misc]
+        return output
 
     @can_return_tuple
     def forward(

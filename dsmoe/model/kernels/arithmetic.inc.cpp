@@ -21,6 +21,7 @@ inline To bit_cast(From from) {
 }
 
 inline float load(float x) { return x; }
+inline float load(int8_t x) { return x; }
 inline float load(bfloat16 x) { return bit_cast<float>(static_cast<uint32_t>(x.bits) << 16); }
 
 inline void store(float& to, float x) { to = x; }

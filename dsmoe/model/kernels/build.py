@@ -24,7 +24,7 @@ from dsmoe.model.kernels.check import KernelUnavailable
 
 # no -ffast-math: NaN must stay NaN, and it would switch denormals off for the whole process
 _FLAGS = ("-O3", "-std=c++17", "-fPIC", "-shared", "-fopenmp", "-fno-math-errno", "-fno-trapping-math")
-_COMPILE_SECONDS = 120
+_COMPILE_SECONDS = 300
 
 
 def load_library(source: Path, use: Callable[[ctypes.CDLL], Any]) -> None:

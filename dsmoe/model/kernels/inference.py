@@ -27,7 +27,8 @@ MOST_TOKENS_OF_ALL_EXPERTS = 8
 _MOST_TOKENS_BESIDE_AMX = 32
 
 _library: ctypes.CDLL | None = None
-_functions: dict[torch.dtype, Any] = {}
+# by the dtypes of tokens and weights
+_functions: dict[tuple[torch.dtype, torch.dtype], Any] = {}
 
 
 def forward(
@@ -37,6 +38,8 @@ def forward(
     up_NHD: Tensor,
     down_NFD: Tensor,
     mlp_type: str,
+    up_scales_NH: Tensor | None = None,
+    down_scales_NF: Tensor | None = None,
 ) -> Tensor:
     """Sum over the kept experts of gate times expert output; `probe` comes first, `is_covered` says for what.
 
@@ -44,9 +47,11 @@ def forward(
         x_TD: [T, D] tokens.
         gates_TN: [T, N] gates; None: gates of one.
         expert_mask_TN: [T, N] bool, which experts each token keeps; None: all.
-        up_NHD: [N, H, D] input projections, contiguous, of the dtype of `x_TD`.
+        up_NHD: [N, H, D] input projections, contiguous, of the dtype of `x_TD`, or int8.
         down_NFD: [N, F, D] output projections, likewise.
         mlp_type: "swiglu" or "gelu".
+        up_scales_NH: [N, H] float32, contiguous, for int8: what each row is multiplied with.
+        down_scales_NF: [N, F], likewise.
 
     Returns:
         [T, D] in the dtype of `x_TD`.
@@ -66,12 +71,15 @@ def forward(
         mask = expert_mask_TN.contiguous()
     out_TD = torch.empty_like(x_TD)
     threads = min(torch.get_num_threads(), 1 + 3 * down_NFD.nbytes // _MIN_BYTES_PER_THREAD)
-    _functions[x_TD.dtype](
+    assert (up_scales_NH is not None) == (up_NHD.dtype is torch.int8) == (down_scales_NF is not None)
+    _functions[x_TD.dtype, up_NHD.dtype](
         x_TD.data_ptr(),
         None if gates is None else gates.data_ptr(),
         None if mask is None else mask.data_ptr(),
         up_NHD.data_ptr(),
         down_NFD.data_ptr(),
+        None if up_scales_NH is None else up_scales_NH.data_ptr(),
+        None if down_scales_NF is None else down_scales_NF.data_ptr(),
         out_TD.data_ptr(),
         tokens, num_experts, hidden, width, swiglu, threads,
     )  # fmt: skip
@@ -81,13 +89,13 @@ def forward(
 def is_covered(x_TD: Tensor, gates_TN: Tensor | None, up_NHD: Tensor, down_NFD: Tensor) -> bool:
     """Whether the kernel computes this: the dtype, ordinary tensors in CPU memory, no gradient wanted."""
     dtype = x_TD.dtype
-    if dtype not in DTYPES or up_NHD.dtype is not dtype or down_NFD.dtype is not dtype:
+    if dtype not in DTYPES or down_NFD.dtype is not up_NHD.dtype or up_NHD.dtype not in (dtype, torch.int8):
         return False
     if not (x_TD.is_cpu and up_NHD.is_cpu and up_NHD.is_contiguous() and down_NFD.is_contiguous()):
         return False
     if type(x_TD) is not Tensor or is_in_torch_dispatch_mode():
         return False  # stands for another tensor, or somebody records or counts operations
-    if dtype is torch.bfloat16 and (x_TD.shape[1] % 2 or _is_for_amx(x_TD.shape[0])):
+    if up_NHD.dtype is torch.bfloat16 and (x_TD.shape[1] % 2 or _is_for_amx(x_TD.shape[0])):
         return False  # pairs of numbers are multiplied at a time
     return not torch.is_grad_enabled() or not (
         x_TD.requires_grad
@@ -125,10 +133,12 @@ def probe(device_type: str) -> None:
 def _use(library: ctypes.CDLL) -> None:
     global _library
     for dtype in DTYPES:
-        function = getattr(library, f"dsmoe_experts_{str(dtype).removeprefix('torch.')}")
-        function.argtypes = [ctypes.c_void_p] * 6 + [ctypes.c_int64] * 4 + [ctypes.c_int] * 2
-        function.restype = None
-        _functions[dtype] = function
+        name = str(dtype).removeprefix("torch.")
+        for weights, suffix in ((dtype, name), (torch.int8, f"int8_{name}")):
+            function = getattr(library, f"dsmoe_experts_{suffix}")
+            function.argtypes = [ctypes.c_void_p] * 8 + [ctypes.c_int64] * 4 + [ctypes.c_int] * 2
+            function.restype = None
+            _functions[dtype, weights] = function
     library.dsmoe_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     library.dsmoe_read.restype = ctypes.c_float
     try:

@@ -26,13 +26,14 @@ _AUTO = {"cpu": cpp.NAME, "cuda": compiled.NAME}
 
 _SLOWER = (
     "results agree, dense training is slower (on CPU by 5 to 10%), and so are inference with kept experts "
-    "and decoding (2 to 6 times)"
+    "and generation (2 to 6 times)"
 )
 
 _logger = logging.getLogger(__name__)
-_lock = threading.Lock()
+_lock = threading.RLock()  # probing one kernel may choose another
 _kernel_of_device: dict[str, Any] = {}
 _inference_of_device: dict[str, Any] = {}
+_whole_model_of_device: dict[str, Any] = {}
 _warned: set[str] = set()
 
 
@@ -53,6 +54,7 @@ def reset_kernel() -> None:
     with _lock:
         _kernel_of_device.clear()
         _inference_of_device.clear()
+        _whole_model_of_device.clear()
         _warned.clear()
 
 
@@ -85,13 +87,32 @@ def inference_experts(
     up_NHD: Tensor,
     down_NFD: Tensor,
     mlp_type: str,
+    up_scales_NH: Tensor | None = None,
+    down_scales_NF: Tensor | None = None,
 ) -> Tensor | None:
     """See `inference.forward`; None where a gradient is wanted or no kernel covers the tensors."""
     if torch.compiler.is_compiling() or not inference.is_covered(x_TD, gates_TN, up_NHD, down_NFD):
         return None
     if _inference_kernel("cpu") is None:
         return None
-    return inference.forward(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+    scales = up_scales_NH, down_scales_NF
+    return inference.forward(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type, *scales)
+
+
+def whole_model_kernel(kernel: Any, device_type: str = "cpu") -> Any:
+    """A kernel for the decoding of whole models (see `dsmoe.model.generation.backend`), chosen as that of experts.
+
+    Args:
+        kernel: has NAME and probe(device_type); it is probed once.
+        device_type: "cpu", "cuda", ...
+
+    Returns:
+        The kernel, or None for torch operations.
+
+    Raises:
+        UserError: as `selected_kernel`.
+    """
+    return _chosen(_whole_model_of_device, kernel, device_type)
 
 
 def _kernel_for(h_TNH: Tensor, gates_TN: Tensor | None) -> Any:
@@ -119,14 +140,18 @@ def _kernel(device_type: str) -> Any:
 
 
 def _inference_kernel(device_type: str) -> Any:
+    return _chosen(_inference_of_device, inference, device_type)
+
+
+def _chosen(known: dict[str, Any], kernel: Any, device_type: str) -> Any:
     try:
-        return _inference_of_device[device_type]
+        return known[device_type]
     except KeyError:
         with _lock:
-            if device_type not in _inference_of_device:
-                covered = device_type == "cpu" and _choice() in ("auto", inference.NAME)
-                _inference_of_device[device_type] = _probed(inference, device_type) if covered else None
-            return _inference_of_device[device_type]
+            if device_type not in known:
+                covered = device_type == "cpu" and _choice() in ("auto", kernel.NAME)
+                known[device_type] = _probed(kernel, device_type) if covered else None
+            return known[device_type]
 
 
 def _choice() -> str:

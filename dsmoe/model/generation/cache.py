@@ -1,0 +1,113 @@
+"""Keys and values in memory that is taken once, before the first token.
+
+Shapes: B batch, K key/value heads, L slots, hd head_dim.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import Cache
+from transformers.cache_utils import DynamicLayer
+
+from dsmoe.config import DSMoEConfig
+from dsmoe.errors import UserError
+
+
+class PreallocatedLayer(DynamicLayer):
+    """One layer: behaves as transformers' growing cache, with `keys` and `values` as views of the filled slots.
+
+    Args:
+        key_slots: [B, K, L, hd].
+        value_slots: likewise.
+    """
+
+    is_croppable = True
+
+    def __init__(self, key_slots: Tensor, value_slots: Tensor) -> None:
+        super().__init__()
+        self.key_slots, self.value_slots = key_slots, value_slots
+        self.dtype, self.device = key_slots.dtype, key_slots.device
+        self.is_initialized = True
+        self.fill(0)
+
+    def fill(self, length: int) -> None:
+        """Say that the first `length` slots are filled."""
+        self.keys, self.values = self.key_slots[:, :, :length], self.value_slots[:, :, :length]
+
+    def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
+        """Append keys and values [B, K, S, hd]; returns all that are there."""
+        start = self.keys.shape[-2]
+        end = start + key_states.shape[-2]
+        if end > self.get_max_length():
+            raise UserError(f"the cache has {self.get_max_length()} slots; {end} tokens don't fit")
+        self.key_slots[:, :, start:end] = key_states
+        self.value_slots[:, :, start:end] = value_states
+        self.fill(end)
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        """Filled slots."""
+        return self.keys.shape[-2]
+
+    def get_max_length(self) -> int:
+        """L."""
+        return self.key_slots.shape[-2]
+
+    def reset(self) -> None:
+        """Empty it."""
+        self.fill(0)
+
+    def batch_repeat_interleave(self, repeats: int) -> None:
+        """Not possible in place."""
+        raise UserError(
+            "a preallocated cache can't change its batch; beam search needs transformers' own cache"
+        )
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Not possible in place."""
+        self.batch_repeat_interleave(1)
+
+    def reorder_cache(self, beam_idx: Tensor) -> None:
+        """Not possible in place."""
+        self.batch_repeat_interleave(1)
+
+
+class PreallocatedCache(Cache):
+    """The cache of a model, for `past_key_values`.
+
+    Args:
+        config: of the model.
+        batch_size: B.
+        max_length: L.
+        dtype: of keys and values.
+        device: theirs.
+    """
+
+    layers: list[Any]
+
+    def __init__(
+        self,
+        config: DSMoEConfig,
+        batch_size: int,
+        max_length: int,
+        dtype: torch.dtype,
+        device: torch.device | str = "cpu",
+    ) -> None:
+        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        layers: list[Any] = [
+            # no zeros: only filled slots are read, and unused pages then take no memory
+            PreallocatedLayer(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
+            for _ in range(config.num_hidden_layers)
+        ]
+        super().__init__(layers=layers)
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all slots."""
+        return sum(layer.key_slots.nbytes + layer.value_slots.nbytes for layer in self.layers)
+
+    def fill(self, length: int) -> None:
+        """Say that the first `length` slots of every layer are filled."""
+        for layer in self.layers:
+            layer.fill(length)
