@@ -3,6 +3,7 @@
 import sys
 
 from dsmoe.bench.command import main
+from dsmoe.records import write_record
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(write_record))

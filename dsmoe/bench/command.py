@@ -3,6 +3,7 @@
 import argparse
 import json
 import sys
+import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -25,7 +26,7 @@ from dsmoe.bench.training import (
 )
 from dsmoe.environment import describe
 from dsmoe.errors import UserError, run_reporting_errors
-from dsmoe.files import write_json
+from dsmoe.files import read_json, write_json
 from dsmoe.model.kernels import selected_kernel
 from dsmoe.trainer.matmul import choose_float32_matmul
 
@@ -34,6 +35,7 @@ EXAMPLES = """examples:
   python eval/bench_training.py --json results.json --plot growth.png
   python eval/bench_training.py --threads 1 --json -
   python eval/bench_training.py --quick
+  python eval/bench_training.py --threads 1 --record eval/records/training-speed
 Times depend on what else the machine does: run it on a quiet one. Verdicts use ratios alone.
 """
 
@@ -91,8 +93,34 @@ def _measure_on(
         results["growth"] = measure_growth(plan, lambda: advance(f"growth, {shown}"))
 
 
-def run(args: argparse.Namespace) -> None:
-    """Measure, and print the table or write JSON."""
+def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
+    """Measure (or read earlier results), print the table or write JSON, plot and record."""
+    if args.record and args.record.exists() and not args.overwrite:
+        raise UserError(f"--record {args.record}: it exists already; --overwrite replaces it")
+    results = _measured(args) if args.results is None else read_json(args.results)
+    if args.plot:
+        growth_plot(results["growth"], args.plot)
+    if args.record:
+        with tempfile.TemporaryDirectory() as name:
+            files = [Path(name) / "results.json", Path(name) / "growth.png"]
+            write_json(files[0], results)
+            growth_plot(results["growth"], files[1])
+            threads = " ".join(sorted({str(row["threads"]) for row in results["layers"]}))
+            write_record(
+                args.record, title="Dense training beside the dense twin and transformers' experts",
+                command=f"python eval/bench_training.py --threads {threads} --record {args.record} --overwrite",
+                conclusion=f"{args.note}\n\n{result_table(results)}".strip(), files=files, overwrite=args.overwrite,
+                details={"measured_on": {key: results.get(key) for key in ("versions", "hardware")}},
+            )  # fmt: skip
+    if args.json == "-":
+        print(json.dumps(results, indent=2))
+        return
+    if args.json:
+        write_json(args.json, results)
+    print(result_table(results))
+
+
+def _measured(args: argparse.Namespace) -> dict[str, Any]:
     plan = QUICK if args.quick else FULL
     if args.rounds is not None:
         if args.rounds < 1:
@@ -106,19 +134,16 @@ def run(args: argparse.Namespace) -> None:
             bar.set_description(case, refresh=False)
             bar.update()
 
-        results = measure(plan, threads, advance)
-    if args.plot:
-        growth_plot(results["growth"], args.plot)
-    if args.json == "-":
-        print(json.dumps(results, indent=2))
-        return
-    print(result_table(results))
-    if args.json:
-        write_json(args.json, results)
+        return measure(plan, threads, advance)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Parse the command line and run."""
+def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -> int:
+    """Parse the command line and run.
+
+    Args:
+        write_record: `dsmoe.records.write_record`, which is above this package.
+        argv: the command line; None: that of the process.
+    """
     parser = argparse.ArgumentParser(
         prog="python eval/bench_training.py",
         description=(
@@ -133,14 +158,16 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--json", metavar="FILE", help="also write the results as JSON; - prints JSON instead of the table"
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw how the cost grows")
+    parser.add_argument("--record", type=Path, metavar="DIR", help="also write a record")
+    parser.add_argument("--note", default="", metavar="TEXT", help="text to put above the record's tables")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="don't measure: take what an earlier --json wrote"
+    )
     parser.add_argument(
         "--threads", type=int, nargs="+", default=list(range(1, min(2, usable_cores()) + 1)), metavar="N",
         help="numbers of threads, measured one after the other (default: 1 and, with two cores, 2)",
     )  # fmt: skip
     parser.add_argument("--rounds", type=int, metavar="R", help="timed rounds of each case (default: 15)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and 2 rounds, to see that it works")
-    return run_reporting_errors(lambda: run(parser.parse_args(argv)))
-
-
-if __name__ == "__main__":
-    sys.exit(main())
+    return run_reporting_errors(lambda: run(parser.parse_args(argv), write_record))
