@@ -19,6 +19,10 @@ def decode_tokens_per_second(
 ) -> float:
     """Median speed of `model.generate` with a KV cache at batch 1, after one warm-up.
 
+    That is the same call for every model. Models of this project decode with their lean step there (see
+    `dsmoe.model.generation`), dense twins and DS-MoE alike; stock architectures with the loop of transformers, so that
+    speeds of the two groups compare the software as well as the models.
+
     Args:
         model: any causal language model of transformers.
         vocab_size: random prompt tokens are drawn below it.

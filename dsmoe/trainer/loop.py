@@ -64,7 +64,9 @@ class TrainingRun:
         running = None
         if config.router_loss.mi_statistics == "running":
             running = RunningMean(config.router_loss.mi_running_decay)
-        self.state = LoopState(make_controller(config.mask_phase, self.raw_model.config), Guard(config.guard), running)
+        self.state = LoopState(
+            make_controller(config.mask_phase, self.raw_model.config), Guard(config.guard), running
+        )
         self.controller = self.state.controller
         self.stepper = Stepper(
             accelerator,
