@@ -328,7 +328,8 @@ def test_processes_read_each_sample_once(processes, micro, batch):
         for rank in range(processes):
             run = SimpleNamespace(
                 config=SimpleNamespace(
-                    train=SimpleNamespace(global_batch_size=batch, micro_batch_size=micro)
+                    train=SimpleNamespace(global_batch_size=batch, micro_batch_size=micro),
+                    data=SimpleNamespace(first_sample=0),
                 ),
                 accelerator=SimpleNamespace(process_index=rank, num_processes=processes, device="cpu"),
                 loader=SimpleNamespace(
