@@ -151,7 +151,7 @@ def test_all_processes_stop_together(train_arguments, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
     words = [*launcher, str(tmp_path / "driver.py"), *arguments]
-    # once, beside the whole suite, a process was left waiting, for an unknown reason: the second try shows whether it stays,
+    # once, beside the whole suite, a process was left waiting, why is unknown: the second try shows whether it stays,
     # and the driver then prints where it waits
     for attempt in (1, 2):
         shutil.rmtree(tmp_path / "run", ignore_errors=True)
