@@ -121,6 +121,8 @@ def test_policies_are_drawn_by_the_number_of_the_step(dense_run, tiny_config):
     assert ks[0] == ks[1] and set(ks[0]) == {1, 2}
     with pytest.raises(UserError, match="num_hidden_layers"):
         make_controller(settings, tiny_config(num_hidden_layers=config.num_hidden_layers + 1))
+    with pytest.raises(UserError, match="no MLP experts"):
+        make_controller(settings, tiny_config(kind="dense", num_experts=1, num_attention_experts=1))
     with pytest.raises(UserError, match=r"no config\.json"):
         make_controller(MaskPhaseSettings(policies=["nowhere"]), config)
 

@@ -128,7 +128,7 @@ class MaskPhaseSettings:
 
 @dataclass
 class DistillationSettings:
-    """While the forward is sparse, the model also learns from the all-experts mode.
+    """While the forward is sparse, the model also learns from the all-experts mode (untested with `train.sharding`).
 
     Args:
         coef: weight of KL(teacher || student); the language-modelling loss gets 1 - coef. 0: none.

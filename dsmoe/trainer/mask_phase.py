@@ -1,4 +1,4 @@
-"""The mask phase: the end of training runs with a threshold, steered to a target share of active experts."""
+"""The mask phase: training with a sparse forward, by a threshold steered to a target share, or by fixed policies."""
 
 import math
 import random
@@ -83,6 +83,10 @@ def make_controller(settings: MaskPhaseSettings, config: DSMoEConfig) -> Thresho
     """
     if not settings.policies:
         return ThresholdController(settings)
+    if config.num_experts == 1:
+        raise UserError(
+            "mask_phase.policies: the model has no MLP experts, so the phase would change nothing"
+        )
     routings = []
     for name in settings.policies:
         folder = Path(name)
