@@ -106,6 +106,17 @@ def signalled(self):
         os.kill(os.getpid(), signal.SIGTERM)
     return batches(self)
 TrainingRun._batches = signalled
+import gc
+from accelerate import Accelerator
+from torch.nn.parallel import DistributedDataParallel
+end_training = Accelerator.end_training
+def checked(self):
+    # one that outlives the process group may hang when it is freed
+    alive = [each for each in gc.get_objects() if isinstance(each, DistributedDataParallel)]
+    open(sys.argv[2] + ".alive." + os.environ["RANK"], "w").write(str(len(alive)))
+    del alive
+    end_training(self)
+Accelerator.end_training = checked
 try:
     runpy.run_path({script!r}, run_name="__main__")
 except SystemExit as stopped:
@@ -113,7 +124,6 @@ except SystemExit as stopped:
 """
 
 
-@pytest.mark.slow
 def finished(words, environment, seconds):
     """The completed process; after so many seconds it and its children are killed, and the status is -9."""
     with subprocess.Popen(
@@ -150,9 +160,10 @@ def test_all_processes_stop_together(train_arguments, tmp_path):
     launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     environment = {key: value for key, value in os.environ.items() if not key.startswith("ACCELERATE")}
     words = [*launcher, str(tmp_path / "driver.py"), *arguments]
-    # a process was once left waiting, why is unknown: the driver prints where one waits
+    # where a process is left waiting, the driver prints where
     done = finished(words, {**environment, "OMP_NUM_THREADS": "1"}, 120)
     assert done.returncode == 0, done.stderr[-3000:]
     assert [(tmp_path / f"run.{rank}").read_text() for rank in (0, 1)] == ["143", "143"]
+    assert [(tmp_path / f"run.alive.{rank}").read_text() for rank in (0, 1)] == ["0", "0"]
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000004" / "state.json").read_text())
     assert state["step"] == 4 and done.stderr.count("stopped after step 4") == 1

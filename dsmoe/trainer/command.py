@@ -20,7 +20,7 @@ from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import read_json, write_json, write_text
 from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
-from dsmoe.trainer.launch import start
+from dsmoe.trainer.launch import finish, start
 from dsmoe.trainer.lock import RunLock
 from dsmoe.trainer.loop import TrainingRun
 from dsmoe.trainer.seeds import compare, seed_folders, summarise
@@ -106,16 +106,20 @@ def _run(argv: Sequence[str] | None) -> None:
         on_main(accelerator, lambda: _take_over(root, held))
         if config.train.trackers:
             accelerator.init_trackers(config.name)
+        end = None
         try:
             summaries = _train_seeds(config, resolved, accelerator, signals)
         except Stopped as stopped:
-            if accelerator.is_main_process:
-                print(stopped, file=sys.stderr)
-            accelerator.end_training()
-            raise
+            # without its frames, which hold the model
+            end = stopped.with_traceback(None)
         if accelerator.is_main_process:
-            _compare(root, summaries, arguments.compare_to)
-        accelerator.end_training()
+            if end is None:
+                _compare(root, summaries, arguments.compare_to)
+            else:
+                print(end, file=sys.stderr)
+        finish(accelerator)
+    if end is not None:
+        raise end
 
 
 def _take_over(root: Path, held: ExitStack) -> None:

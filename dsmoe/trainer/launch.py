@@ -66,6 +66,20 @@ def start(config: RunConfig) -> Accelerator:
     return accelerator
 
 
+def finish(accelerator: Accelerator) -> None:
+    """End trackers and the process group, after the models.
+
+    A DistributedDataParallel that outlives the group destroys it while it holds Python's lock, and waits for threads of the
+    group that may want that lock to free the last tensor they have sent: the process would hang, now and then.
+
+    Args:
+        accelerator: of the run; nothing but it holds the models that it has prepared.
+    """
+    # collects garbage too
+    accelerator.free_memory()
+    accelerator.end_training()
+
+
 def check_processes(num_processes: int, asked: int | None) -> None:
     """Compare the processes that came up with those asked for by the config, torchrun or accelerate launch.
 
