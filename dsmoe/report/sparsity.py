@@ -159,7 +159,7 @@ def _chosen(frontier: Frontier, judge: Judge, shares: Sequence[float]) -> list[d
             chosen = frontier.at_share(share)
         except UserError:
             continue
-        found.append({"asked": share, **judge.row(chosen)})
+        found.append({"asked": share, **judge.row(chosen, frontier)})
     return found
 
 

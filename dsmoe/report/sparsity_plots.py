@@ -38,7 +38,7 @@ def frontier_plot(results: Row, path: Path) -> None:
             yerr=[row["standard_error"] for row in rows], fmt=line, marker=marker, color=colour, label=label, capsize=2,
         )  # fmt: skip
         right.plot(
-            [1 - row["share_on_calibration"] for row in rows],
+            [1 - row["share"] for row in rows],
             [max(row["loss_increase"], 1e-5) for row in rows],
             line, marker=marker, color=colour, label=label,
         )  # fmt: skip

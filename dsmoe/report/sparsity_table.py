@@ -14,6 +14,7 @@ def comparison_rows(results: Row) -> list[dict[str, Any]]:
     for row in results["calibrated"][0]:
         entry = {
             "asked": row["asked"],
+            "share": row["share"],
             "calibrated": row["loss_increase"],
             "standard_error": row["standard_error"],
         }
@@ -40,13 +41,14 @@ def comparison_rows(results: Row) -> list[dict[str, Any]]:
 def tables(results: Row) -> str:
     """The sweep as Markdown: shares, all families, bounds."""
     shares = [
-        [f"{e['asked']:.1%}", _nats(e["uniform_k"]), _nats(e["global_threshold"]), _nats(e["calibrated"]),
+        [f"{e['asked']:.1%}", f"{e['share']:.1%}", _nats(e["uniform_k"]), _nats(e["global_threshold"]), _nats(e["calibrated"]),
          f"{e['standard_error']:.4f}", f"{e['range_over_samples']:.4f}",
          "" if not e["task_average"] else f"{100 * e['task_average'][0]:.1f}"]
         for e in comparison_rows(results)
     ]  # fmt: skip
     header = [
-        "active",
+        "active, asked",
+        "calibrated has",
         "uniform K",
         "global threshold",
         "calibrated",
@@ -76,7 +78,8 @@ def tables(results: Row) -> str:
             f"Loss increase in nats per token over the checkpoint as it is ({results['reference']['loss']:.4f}), on "
             f"{held_out['num_tokens']:,} tokens of split {held_out['split']!r}; policies chosen on "
             f"{calibrated['num_tokens']:,} tokens of split {calibrated['split']!r}, "
-            f"{len(results['calibrated'])} sample(s).",
+            f"{len(results['calibrated'])} sample(s). Active: share of experts, weighted by their parameters, on the "
+            "held-out text.",
             markdown_table(header, shares),
             markdown_table(["all families", *(f"{share:.1%}" for share in results["shares"])], everything),
             markdown_table(
@@ -98,7 +101,7 @@ def tables(results: Row) -> str:
 
 
 def _bound_cells(row: Row) -> list[str]:
-    share = row["share_on_calibration"]
+    share = row["share"]
     return [
         _nats(row["loss_increase"]),
         f"{row['standard_error']:.4f}",

@@ -44,8 +44,8 @@ class Judge:
         self.model, self.held_out, self.context_length = model, held_out, context_length
         self.comparer = Comparer(model, held_out)
 
-    def row(self, chosen: Candidate) -> dict[str, Any]:
-        """One measured point, JSON-able."""
+    def row(self, chosen: Candidate, frontier: Frontier) -> dict[str, Any]:
+        """One measured point, JSON-able; "share" is that of active experts on the held-out text."""
         comparison = self.comparer(chosen.policies)
         active = comparison.active
         means = {part: active.mean(part) for part in active.counts}
@@ -53,6 +53,7 @@ class Judge:
         loss = comparison.reference_loss + comparison.loss_increase
         return {
             "family": chosen.family,
+            "share": frontier.allocation.share(active),
             "share_on_calibration": chosen.share,
             "increase_on_calibration": chosen.comparison.loss_increase,
             "mlp_active_fraction": counts.mlp_active_fraction,
@@ -116,7 +117,7 @@ def sweep_shares(
                 except UserError:  # beyond what the reference or one expert a layer gives
                     bar.update()
                     continue
-                rows.append({"asked": share, "score": score, **judge.row(chosen)})
+                rows.append({"asked": share, "score": score, **judge.row(chosen, own)})
                 bar.update()
     return rows
 
@@ -137,7 +138,7 @@ def sweep_bounds(frontier: Frontier, judge: Judge, bounds: Sequence[float]) -> l
     for bound in tqdm(bounds, desc="bounds", unit="bound"):
         entry: dict[str, Any] = {"bound": bound}
         for name, family in (("calibrated", None), ("uniform_k", "uniform_k")):
-            row = judge.row(frontier.within(bound, family))
+            row = judge.row(frontier.within(bound, family), frontier)
             row["holds"] = row["loss_increase"] <= bound + 2 * row["standard_error"]
             entry[name] = row
         found.append(entry)
