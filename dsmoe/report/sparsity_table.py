@@ -41,8 +41,8 @@ def comparison_rows(results: Row) -> list[dict[str, Any]]:
 def tables(results: Row) -> str:
     """The sweep as Markdown: shares, all families, bounds."""
     shares = [
-        [f"{e['asked']:.1%}", f"{e['share']:.1%}", _nats(e["uniform_k"]), _nats(e["global_threshold"]), _nats(e["calibrated"]),
-         f"{e['standard_error']:.4f}", f"{e['range_over_samples']:.4f}",
+        [f"{e['asked']:.1%}", f"{e['share']:.1%}", _nats(e["uniform_k"]), _nats(e["global_threshold"]),
+         _nats(e["calibrated"]), f"{e['standard_error']:.4f}", f"{e['range_over_samples']:.4f}",
          "" if not e["task_average"] else f"{100 * e['task_average'][0]:.1f}"]
         for e in comparison_rows(results)
     ]  # fmt: skip

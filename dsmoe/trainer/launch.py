@@ -69,8 +69,8 @@ def start(config: RunConfig) -> Accelerator:
 def finish(accelerator: Accelerator) -> None:
     """End trackers and the process group, after the models.
 
-    A DistributedDataParallel that outlives the group destroys it while it holds Python's lock, and waits for threads of the
-    group that may want that lock to free the last tensor they have sent: the process would hang, now and then.
+    A DistributedDataParallel that outlives the group destroys it while it holds Python's lock, and waits for threads of
+    the group that may want that lock to free the last tensor they have sent: the process would hang, now and then.
 
     Args:
         accelerator: of the run; nothing but it holds the models that it has prepared.
