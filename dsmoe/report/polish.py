@@ -1,0 +1,180 @@
+"""What polishing did to each of its policies: `python eval/measure_polish.py RUN --polished FOLDER --data TOKENS`."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from dsmoe.accounting.table import markdown_table
+from dsmoe.checkpoint.pretrained import load_pretrained
+from dsmoe.data.corpus import TokenCorpus
+from dsmoe.environment import describe
+from dsmoe.errors import UserError, run_reporting_errors
+from dsmoe.files import write_json
+from dsmoe.model import DSMoEForCausalLM
+from dsmoe.records import conclusion_for, write_record
+from dsmoe.sparsify.calibration import sample_corpus
+from dsmoe.sparsify.compare import Policies, clustered_error, clusters, reference_policies, with_policies
+from dsmoe.sparsify.measure import ActiveExperts, count_experts
+from dsmoe.sparsify.suffix import fast_masking, run_layers
+
+EPILOG = """examples:
+  python eval/measure_polish.py runs/sparsity/dsmoe --polished runs/sparsity/polished --data data/scaling
+  python eval/measure_polish.py runs/dsmoe --polished runs/polished --data data/mine --json - --record eval/records/polish
+
+The polished folder is one of `dsmoe polish`: `final` (all experts) and one folder for each policy."""
+
+Batches = Sequence[dict[str, Tensor]]
+ALL = "all experts"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog="measure_polish.py",
+    )  # fmt: skip
+    parser.add_argument("checkpoint", type=Path, help="the run before polishing")
+    parser.add_argument(
+        "--polished", type=Path, required=True, metavar="FOLDER", help="what `dsmoe polish` wrote"
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="token folder")
+    parser.add_argument("--split", default="test", help="text to judge on (default: %(default)s)")
+    parser.add_argument("--tokens", type=int, default=100_000, help="of that text (default: %(default)s)")
+    parser.add_argument(
+        "--sequence-length", type=int, default=256, help="tokens of a window (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the numbers to a file; - for stdout")
+    parser.add_argument("--record", type=Path, metavar="FOLDER", help="also write a record")
+    parser.add_argument("--conclusion", type=Path, metavar="MD", help="text for the record")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
+    args = parser.parse_args(argv)
+    return run_reporting_errors(lambda: run(args, " ".join(argv if argv is not None else sys.argv[1:])))
+
+
+def run(args: argparse.Namespace, words: str) -> None:
+    """Measure and report; raises UserError on bad input."""
+    if args.record and args.record.exists() and not args.overwrite:
+        raise UserError(f"{args.record}: the record exists; pass --overwrite to replace it")
+    names = sorted(path.parent.name for path in args.polished.glob("*/sparsity.json"))
+    if not names:
+        raise UserError(
+            f"{args.polished}: no folder with a sparsity.json there; name a folder of `dsmoe polish`"
+        )
+    text = sample_corpus(TokenCorpus(args.data), args.split, args.tokens, args.sequence_length, 16, 0)
+    before, _ = load_pretrained(args.checkpoint, torch.float32)
+    after, _ = load_pretrained(args.polished / "final", torch.float32)
+    policies = {ALL: reference_policies(after.eval())}
+    for name in names:
+        policies[name] = reference_policies(load_pretrained(args.polished / name, torch.float32)[0])
+    results = {
+        "text": text.description,
+        "rows": measure_rows(before.eval(), after, text.batches, policies),
+        **describe(),
+    }
+    report = table(results)
+    if args.json and args.json != "-":
+        write_json(args.json, results)
+    if args.record:
+        with tempfile.TemporaryDirectory() as name:
+            write_json(Path(name) / "results.json", results)
+            conclusion = conclusion_for(args.record, args.conclusion, Path(name))
+            write_record(
+                args.record, title="What polishing recovers",
+                command=f"python eval/measure_polish.py {words}",
+                conclusion=f"{conclusion.read_text(encoding='utf-8').strip()}\n\n{report}".strip(),
+                files=[Path(name) / "results.json", conclusion], details={"text": results["text"]},
+                overwrite=args.overwrite,
+            )  # fmt: skip
+    if args.json == "-":
+        print(json.dumps(results, indent=2))
+    else:
+        print(report)
+
+
+def measure_rows(
+    before: DSMoEForCausalLM, after: DSMoEForCausalLM, batches: Batches, policies: dict[str, Policies]
+) -> list[dict[str, Any]]:
+    """Losses under each policy with the weights of before and of after, on the same tokens.
+
+    Args:
+        before: in evaluation mode.
+        after: likewise.
+        batches: held-out text.
+        policies: by name; `ALL` first.
+
+    Returns:
+        Per policy the loss before and after, both increases over the all-experts loss before, "change" (after minus
+        before, paired) with its standard error clustered by document, "recovered" (share of the increase before that is
+        gone; None for all experts) and the mean share of active MLP experts before and after.
+    """
+    found = zip(clusters(batches, before.config.eos_token_id), batches)
+    index = torch.cat([ids[batch["shift_labels"] != -100] for ids, batch in found]).numpy()
+    rows: list[dict[str, Any]] = []
+    reference = 0.0
+    for name, chosen in tqdm(policies.items(), desc="policies", unit="policy", leave=False):
+        (old, old_active), (new, new_active) = (
+            token_losses(model, batches, chosen) for model in (before, after)
+        )
+        reference = reference or float(old.mean())
+        increase = float(old.mean()) - reference
+        rows.append(
+            {
+                "policy": name,
+                "active_before": old_active,
+                "active_after": new_active,
+                "loss_before": float(old.mean()),
+                "loss_after": float(new.mean()),
+                "increase_before": increase,
+                "increase_after": float(new.mean()) - reference,
+                "change": float((new - old).mean()),
+                "standard_error": clustered_error(new - old, index),
+                "recovered": None if name == ALL or increase <= 0 else float((old - new).mean()) / increase,
+            }
+        )
+    return rows
+
+
+def token_losses(model: DSMoEForCausalLM, batches: Batches, policies: Policies) -> tuple[np.ndarray, float]:
+    """The loss of each labelled token [T] in nats under some policies, and the mean share of active MLP experts."""
+    found = []
+    active = ActiveExperts()
+    with torch.inference_mode(), with_policies(model, policies), fast_masking(model):
+        for batch in batches:
+            done = run_layers(model, batch)
+            count_experts(active, model, batch, done.router_logits)
+            labelled = (batch["shift_labels"] != -100).to(done.hidden.device)
+            logits_TV = model.lm_head(done.hidden[labelled]).float()
+            labels_T = batch["shift_labels"].to(done.hidden.device)[labelled]
+            found.append(
+                torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="none").double().cpu()
+            )
+    share = float(np.mean(active.mean("mlp"))) / model.config.num_experts
+    return torch.cat(found).numpy(), share
+
+
+def table(results: dict[str, Any]) -> str:
+    """The rows as Markdown."""
+    rows = [
+        [
+            row["policy"], f"{row['active_before']:.1%}", f"{row['active_after']:.1%}", f"{row['loss_before']:.4f}",
+            f"{row['loss_after']:.4f}", f"{row['increase_before']:+.4f}", f"{row['increase_after']:+.4f}",
+            f"{row['standard_error']:.4f}", "" if row["recovered"] is None else f"{row['recovered']:.0%}",
+        ]
+        for row in results["rows"]
+    ]  # fmt: skip
+    text = results["text"]
+    header = ["policy", "active before", "active after", "loss before", "loss after", "increase before", "increase after",
+              "SE of the change", "recovered"]  # fmt: skip
+    return (
+        f"Nats per token on {text['num_tokens']:,} tokens of split {text['split']!r}; increases are over all experts "
+        f"before polishing; active: mean share of MLP experts.\n\n{markdown_table(header, rows)}"
+    )
