@@ -9,7 +9,7 @@ from dsmoe.errors import run_reporting_errors
 from dsmoe.files import sha256, write_json
 from dsmoe.planner.fit.plots import residual_plot
 from dsmoe.planner.fit.routed import ROUTERS, coefficient_table, fit_router, summary_table
-from dsmoe.records import conclusion_for, write_record
+from dsmoe.records import add_record_arguments, write_concluded_record
 
 RECORD = Path(__file__).resolve().parent / "records" / "scaling-routed"
 SOURCE = (
@@ -35,13 +35,13 @@ def run(args: argparse.Namespace) -> None:
         write_json(folder / "results.json", results)
         tables = f"{summary_table(results)}\n\n{coefficient_table(results)}"
         print(tables)
-        conclusion = conclusion_for(args.output, args.conclusion, folder)
-        write_record(
+        write_concluded_record(
             args.output,
+            given=args.conclusion,
+            tables=tables,
             title="Joint scaling laws of routed language models, fitted without the largest ones",
             command="python eval/fit_routed.py --data routed_lm_curves.csv.gz --overwrite",
-            conclusion=f"{conclusion.read_text(encoding='utf-8').strip()}\n\n{tables}".strip(),
-            files=[folder / "results.json", conclusion, *plots],
+            files=[folder / "results.json", *plots],
             details={"data": {"source": SOURCE, "sha256": sha256(args.data)}, "bootstrap": args.bootstrap},
             overwrite=args.overwrite,
         )
@@ -58,14 +58,7 @@ def main() -> int:
     parser.add_argument(
         "--data", type=Path, required=True, metavar="CSV", help=f"curves.csv.gz of {SOURCE.split(',')[0]}"
     )
-    parser.add_argument(
-        "--output", type=Path, default=RECORD, metavar="FOLDER", help="the record (default: in eval/records)"
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
-    parser.add_argument(
-        "--conclusion", type=Path, metavar="MD",
-        help="text to put above the tables (default: the conclusion.md of the record that is replaced)",
-    )  # fmt: skip
+    add_record_arguments(parser, "--output", RECORD)
     parser.add_argument(
         "--bootstrap", type=int, default=200, metavar="B", help="refits (default: %(default)s)"
     )

@@ -11,7 +11,7 @@ from dsmoe.planner.fit.command import read_sources
 from dsmoe.planner.fit.fitting import Settings, fit_law
 from dsmoe.planner.fit.plots import residual_plot
 from dsmoe.planner.fit.report import as_json, human_report
-from dsmoe.records import conclusion_for, write_record
+from dsmoe.records import add_record_arguments, write_concluded_record
 
 RECORDS = Path("eval/records")
 EXAMPLES = """examples:
@@ -31,14 +31,14 @@ def run(args: argparse.Namespace) -> None:
         folder = Path(name)
         write_json(folder / "law.json", content)
         residual_plot(fit, folder / "residuals.png", "Residuals of the fitted law")
-        conclusion = conclusion_for(args.output, args.conclusion, folder)
         command = f"python eval/fit_scaling.py --runs {args.runs} --output {args.output} --overwrite"
-        write_record(
+        write_concluded_record(
             args.output,
+            given=args.conclusion,
+            tables=report,
             title=args.title,
             command=command,
-            conclusion=f"{conclusion.read_text(encoding='utf-8').strip()}\n\n{report}".strip(),
-            files=[folder / "law.json", conclusion, folder / "residuals.png"],
+            files=[folder / "law.json", folder / "residuals.png"],
             details={
                 "runs_sha256": sha256(args.runs) if args.runs.is_file() else None,
                 "bootstrap": args.bootstrap,
@@ -60,20 +60,12 @@ def main() -> int:
         "--runs", type=Path, default=RECORDS / "scaling-sweep" / "results.json", metavar="PATH",
         help="results.json of a study, folder of runs, or CSV (default: %(default)s)",
     )  # fmt: skip
-    parser.add_argument(
-        "--output", type=Path, default=RECORDS / "scaling-law", metavar="FOLDER",
-        help="the record (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
+    add_record_arguments(parser, "--output", RECORDS / "scaling-law")
     parser.add_argument(
         "--title",
         default="A joint scaling law measured on dense, SMoE and DS-MoE models",
         help="of the record",
     )
-    parser.add_argument(
-        "--conclusion", type=Path, metavar="MD",
-        help="text to put above the tables (default: the conclusion.md of the record that is replaced)",
-    )  # fmt: skip
     parser.add_argument(
         "--bootstrap", type=int, default=200, metavar="B", help="refits (default: %(default)s)"
     )

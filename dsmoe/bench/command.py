@@ -1,20 +1,18 @@
 """The command line of the training benchmark."""
 
 import argparse
-import json
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dsmoe.bench.contestants import DTYPES
+from dsmoe.bench.output import add_arguments, give, results_of
 from dsmoe.bench.tables import growth_plot, result_table
-from dsmoe.bench.timing import checked_threads, threads_in_use, usable_cores
+from dsmoe.bench.timing import checked_threads, threads_in_use
 from dsmoe.bench.training import (
     FULL,
     QUICK,
@@ -26,7 +24,6 @@ from dsmoe.bench.training import (
 )
 from dsmoe.environment import describe
 from dsmoe.errors import UserError, run_reporting_errors
-from dsmoe.files import read_json, write_json
 from dsmoe.model.kernels import selected_kernel
 from dsmoe.trainer.matmul import choose_float32_matmul
 
@@ -95,46 +92,23 @@ def _measure_on(
 
 def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
     """Measure (or read earlier results), print the table or write JSON, plot and record."""
-    if args.record and args.record.exists() and not args.overwrite:
-        raise UserError(f"--record {args.record}: it exists already; --overwrite replaces it")
-    results = _measured(args) if args.results is None else read_json(args.results)
+    results = results_of(args, partial(_measured, args))
     if args.plot:
         growth_plot(results["growth"], args.plot)
-    if args.record:
-        with tempfile.TemporaryDirectory() as name:
-            files = [Path(name) / "results.json", Path(name) / "growth.png"]
-            write_json(files[0], results)
-            growth_plot(results["growth"], files[1])
-            threads = " ".join(sorted({str(row["threads"]) for row in results["layers"]}))
-            write_record(
-                args.record, title="Dense training beside the dense twin and transformers' experts",
-                command=f"python eval/bench_training.py --threads {threads} --record {args.record} --overwrite",
-                conclusion=f"{args.note}\n\n{result_table(results)}".strip(), files=files, overwrite=args.overwrite,
-                details={"measured_on": {key: results.get(key) for key in ("versions", "hardware")}},
-            )  # fmt: skip
-    if args.json == "-":
-        print(json.dumps(results, indent=2))
-        return
-    if args.json:
-        write_json(args.json, results)
-    print(result_table(results))
+    give(
+        args, results, result_table(results), write_record,
+        "Dense training beside the dense twin and transformers' experts", "bench_training.py",
+        {"growth.png": partial(growth_plot, results["growth"])},
+    )  # fmt: skip
 
 
-def _measured(args: argparse.Namespace) -> dict[str, Any]:
+def _measured(args: argparse.Namespace, advance: Callable[[str], Any]) -> dict[str, Any]:
     plan = QUICK if args.quick else FULL
     if args.rounds is not None:
         if args.rounds < 1:
             raise UserError(f"--rounds is {args.rounds}; it must be at least 1")
         plan = replace(plan, rounds=args.rounds)
-    threads = checked_threads(args.threads)
-    # no total: implementations that don't run here, and slow ones, take fewer steps
-    with tqdm(unit=" steps", disable=None, file=sys.stderr) as bar:
-
-        def advance(case: str) -> None:
-            bar.set_description(case, refresh=False)
-            bar.update()
-
-        return measure(plan, threads, advance)
+    return measure(plan, checked_threads(args.threads), advance)
 
 
 def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -> int:
@@ -154,20 +128,8 @@ def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--json", metavar="FILE", help="also write the results as JSON; - prints JSON instead of the table"
-    )
+    add_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw how the cost grows")
-    parser.add_argument("--record", type=Path, metavar="DIR", help="also write a record")
-    parser.add_argument("--note", default="", metavar="TEXT", help="text to put above the record's tables")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
-    parser.add_argument(
-        "--results", type=Path, metavar="FILE", help="don't measure: take what an earlier --json wrote"
-    )
-    parser.add_argument(
-        "--threads", type=int, nargs="+", default=list(range(1, min(2, usable_cores()) + 1)), metavar="N",
-        help="numbers of threads, measured one after the other (default: 1 and, with two cores, 2)",
-    )  # fmt: skip
     parser.add_argument("--rounds", type=int, metavar="R", help="timed rounds of each case (default: 15)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and 2 rounds, to see that it works")
     return run_reporting_errors(lambda: run(parser.parse_args(argv), write_record))

@@ -1,26 +1,21 @@
 """The command line of the inference benchmark."""
 
 import argparse
-import json
-import sys
-import tempfile
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import torch
-from tqdm import tqdm
 
 from dsmoe.bench.inference import FULL, QUICK, InferencePlan, measure_layer
 from dsmoe.bench.inference_contestants import DTYPES
 from dsmoe.bench.inference_model import measure_model, model_summary
 from dsmoe.bench.inference_tables import result_table
-from dsmoe.bench.timing import checked_threads, threads_in_use, usable_cores
+from dsmoe.bench.output import add_arguments, give, results_of
+from dsmoe.bench.timing import checked_threads, threads_in_use
 from dsmoe.environment import describe
 from dsmoe.errors import UserError, run_reporting_errors
-from dsmoe.files import write_json
 from dsmoe.model.kernels import inference_kernel
 from dsmoe.trainer.matmul import choose_float32_matmul
 
@@ -81,40 +76,23 @@ def measure(
 
 
 def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
-    """Measure, print the table or JSON, write the record."""
+    """Measure (or read earlier results), print the table or JSON, write the record."""
+    results = results_of(args, partial(_measured, args))
+    give(
+        args, results, result_table(results), write_record,
+        "Inference of expert layers and a whole model: kept experts against all, dense and transformers",
+        "bench_inference.py",
+    )  # fmt: skip
+
+
+def _measured(args: argparse.Namespace, advance: Callable[[str], Any]) -> dict[str, Any]:
     plan = QUICK if args.quick else FULL
     if args.rounds is not None:
         if args.rounds < 1:
             raise UserError(f"--rounds is {args.rounds}; it must be at least 1")
         model = replace(plan.model, rounds=args.rounds, transformers_rounds=min(args.rounds, 4))
         plan = replace(plan, decode_rounds=args.rounds, prefill_rounds=args.rounds, model=model)
-    if args.record and args.record.exists() and not args.overwrite:
-        raise UserError(f"--record {args.record}: it exists already; --overwrite replaces it")
-    threads = checked_threads(args.threads)
-    # no total: implementations that don't run here take no steps
-    with tqdm(unit=" steps", disable=None, file=sys.stderr) as bar:
-
-        def advance(case: str) -> None:
-            bar.set_description(case, refresh=False)
-            bar.update()
-
-        results = measure(plan, args.only or PARTS, threads, advance)
-    table = result_table(results)
-    print(json.dumps(results, indent=2) if args.json == "-" else table)
-    if args.json and args.json != "-":
-        write_json(args.json, results)
-    if args.record:
-        with tempfile.TemporaryDirectory() as folder:
-            file = Path(folder) / "results.json"
-            write_json(file, results)
-            write_record(
-                args.record,
-                title="Inference of expert layers and a whole model: kept experts against all, dense and transformers",
-                command=f"python eval/bench_inference.py --record {args.record.name}",
-                conclusion=table,
-                files=[file],
-                overwrite=args.overwrite,
-            )
+    return measure(plan, args.only or PARTS, checked_threads(args.threads), advance)
 
 
 def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -> int:
@@ -136,16 +114,8 @@ def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    parser.add_argument(
-        "--json", metavar="FILE", help="also write the results as JSON; - prints JSON instead of the table"
-    )
-    parser.add_argument("--record", type=Path, metavar="DIR", help="also write a record")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
+    add_arguments(parser)
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="of decode, prefill, model")
-    parser.add_argument(
-        "--threads", type=int, nargs="+", default=list(range(1, min(2, usable_cores()) + 1)), metavar="N",
-        help="numbers of threads, measured one after the other (default: 1 and, with two cores, 2)",
-    )  # fmt: skip
     parser.add_argument(
         "--rounds",
         type=int,

@@ -1,5 +1,5 @@
 """Records: what was measured, with all that is needed to measure it again."""
 
-from dsmoe.records.record import conclusion_for, write_record
+from dsmoe.records.record import add_record_arguments, write_concluded_record, write_record
 
-__all__ = ["conclusion_for", "write_record"]
+__all__ = ["add_record_arguments", "write_concluded_record", "write_record"]

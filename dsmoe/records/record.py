@@ -1,6 +1,8 @@
 """A record is a folder under `eval/records/`: record.json, README.md, and the files that back it."""
 
+import argparse
 import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -10,24 +12,6 @@ from dsmoe.errors import UserError
 from dsmoe.files import new_folder, sha256, write_json, write_text
 
 CONCLUSION = "conclusion.md"
-
-
-def conclusion_for(record: str | Path, given: Path | None, folder: Path) -> Path:
-    """A conclusion written by hand, as a file of the record: the one given, or that of the record which is replaced.
-
-    Args:
-        record: the record to be written.
-        given: a text file, or None.
-        folder: where to put `conclusion.md`, for `write_record` to copy.
-
-    Raises:
-        UserError: the file given is not there.
-    """
-    kept = given or Path(record) / CONCLUSION
-    if given and not kept.is_file():
-        raise UserError(f"--conclusion {kept}: no such file")
-    write_text(folder / CONCLUSION, kept.read_text(encoding="utf-8") if kept.is_file() else "")
-    return folder / CONCLUSION
 
 
 def write_record(
@@ -77,3 +61,51 @@ def write_record(
             f"# {title}\n\nMade again by:\n\n```bash\n{command}\n```\n\n{conclusion}\n\n"
             f"Raw numbers: {raw}; configuration, versions and hardware: `record.json`.\n\n{plots}\n",
         )
+
+
+def write_concluded_record(
+    folder: str | Path, *, given: Path | None, tables: str, files: Sequence[Path], **details: Any
+) -> None:
+    """Write a record whose tables stand below a conclusion written by hand, which survives when it is made again.
+
+    Args:
+        folder: `eval/records/<name>`.
+        given: a text file with the conclusion; None: that of the record which is replaced, where there is one.
+        tables: Markdown.
+        files: as for `write_record`.
+        details: the other arguments of `write_record`.
+
+    Raises:
+        UserError: the file given is not there, or as `write_record`.
+    """
+    kept = given or Path(folder) / CONCLUSION
+    if given and not kept.is_file():
+        raise UserError(f"--conclusion {kept}: no such file")
+    text = kept.read_text(encoding="utf-8") if kept.is_file() else ""
+    with tempfile.TemporaryDirectory() as name:
+        conclusion = Path(name) / CONCLUSION
+        write_text(conclusion, text)
+        write_record(
+            folder, conclusion=f"{text.strip()}\n\n{tables}".strip(), files=[*files, conclusion], **details
+        )
+
+
+def add_record_arguments(
+    parser: argparse.ArgumentParser, option: str = "--record", default: Path | None = None
+) -> None:
+    """Add the options of a command that writes such a record: where, --overwrite, --conclusion.
+
+    Args:
+        parser: of the command.
+        option: name of the option for the folder.
+        default: the folder; None: no record unless asked for.
+    """
+    text = (
+        "also write a record" if default is None else f"the record (default: {default.name}, in eval/records)"
+    )
+    parser.add_argument(option, type=Path, default=default, metavar="FOLDER", help=text)
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
+    parser.add_argument(
+        "--conclusion", type=Path, metavar="MD",
+        help="text to put above the tables (default: the conclusion.md of the record that is replaced)",
+    )  # fmt: skip

@@ -20,7 +20,7 @@ from dsmoe.environment import describe
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import write_json
 from dsmoe.model import DSMoEForCausalLM
-from dsmoe.records import conclusion_for, write_record
+from dsmoe.records import add_record_arguments, write_concluded_record
 from dsmoe.sparsify.calibration import sample_corpus
 from dsmoe.sparsify.compare import Policies, clustered_error, clusters, reference_policies, with_policies
 from dsmoe.sparsify.measure import ActiveExperts, count_experts
@@ -53,9 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--sequence-length", type=int, default=256, help="tokens of a window (default: %(default)s)"
     )
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file; - for stdout")
-    parser.add_argument("--record", type=Path, metavar="FOLDER", help="also write a record")
-    parser.add_argument("--conclusion", type=Path, metavar="MD", help="text for the record")
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
+    add_record_arguments(parser)
     args = parser.parse_args(argv)
     return run_reporting_errors(lambda: run(args, " ".join(argv if argv is not None else sys.argv[1:])))
 
@@ -86,12 +84,10 @@ def run(args: argparse.Namespace, words: str) -> None:
     if args.record:
         with tempfile.TemporaryDirectory() as name:
             write_json(Path(name) / "results.json", results)
-            conclusion = conclusion_for(args.record, args.conclusion, Path(name))
-            write_record(
-                args.record, title="What polishing recovers",
+            write_concluded_record(
+                args.record, given=args.conclusion, tables=report, title="What polishing recovers",
                 command=f"python eval/measure_polish.py {words}",
-                conclusion=f"{conclusion.read_text(encoding='utf-8').strip()}\n\n{report}".strip(),
-                files=[Path(name) / "results.json", conclusion], details={"text": results["text"]},
+                files=[Path(name) / "results.json"], details={"text": results["text"]},
                 overwrite=args.overwrite,
             )  # fmt: skip
     if args.json == "-":

@@ -2,7 +2,6 @@
 
 import argparse
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ from dsmoe.evaluation.harness import parse_tasks, score_model
 from dsmoe.evaluation.loading import LoadedModel, load_model
 from dsmoe.evaluation.table import task_average
 from dsmoe.files import write_json
-from dsmoe.records import conclusion_for, write_record
+from dsmoe.records import add_record_arguments, write_concluded_record
 from dsmoe.report.sparsity_plots import frontier_plot, layers_plot, union_plot
 from dsmoe.report.sparsity_table import tables
 from dsmoe.sparsify.calibrate import calibrate
@@ -47,10 +46,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--output", type=Path, metavar="FOLDER", help="results.json and plots (default: beside the run)"
     )
-    parser.add_argument("--record", type=Path, metavar="FOLDER", help="also write a record")
-    parser.add_argument("--conclusion", type=Path, metavar="MD", help="text for the record (default: that of the record "
-                        "which is replaced)")  # fmt: skip
-    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
+    add_record_arguments(parser)
     parser.add_argument("--shares", type=_numbers, default=None, metavar="LIST",
                         help="active shares (default: multiples of 1/N from 15%% to 60%%, at most 10)")  # fmt: skip
     parser.add_argument("--bounds", type=_numbers, default=[0.002, 0.005, 0.01, 0.02], metavar="LIST",
@@ -97,15 +93,11 @@ def run(args: argparse.Namespace, words: str) -> None:
     layers_plot(results, plots[1])
     union_plot(results, plots[2])
     if args.record:
-        with tempfile.TemporaryDirectory() as name:
-            conclusion = conclusion_for(args.record, args.conclusion, Path(name))
-            write_record(
-                args.record, title=f"The sparsity frontier of {results['name']}",
-                command=f"python eval/sweep_sparsity.py {words}",
-                conclusion=f"{conclusion.read_text(encoding='utf-8').strip()}\n\n{report}".strip(),
-                files=[output / "results.json", conclusion, *plots], details={"text": results["text"]},
-                overwrite=args.overwrite,
-            )  # fmt: skip
+        write_concluded_record(
+            args.record, given=args.conclusion, tables=report, title=f"The sparsity frontier of {results['name']}",
+            command=f"python eval/sweep_sparsity.py {words}", files=[output / "results.json", *plots],
+            details={"text": results["text"]}, overwrite=args.overwrite,
+        )  # fmt: skip
     print(f"{report}\nwritten to {output}" + (f" and {args.record}" if args.record else ""))
 
 

@@ -1,0 +1,97 @@
+"""What the benchmark commands have in common: their output options, progress, and where the results go."""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from tqdm import tqdm
+
+from dsmoe.bench.timing import usable_cores
+from dsmoe.errors import UserError
+from dsmoe.files import read_json, write_json
+
+Advance = Callable[[str], Any]
+Results = dict[str, Any]
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options that every benchmark has."""
+    parser.add_argument(
+        "--json", metavar="FILE", help="also write the results as JSON; - prints JSON instead of the table"
+    )
+    parser.add_argument("--record", type=Path, metavar="DIR", help="also write a record")
+    parser.add_argument("--note", default="", metavar="TEXT", help="text to put above the record's tables")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
+    parser.add_argument(
+        "--results", type=Path, metavar="FILE", help="don't measure: take what an earlier --json wrote"
+    )
+    parser.add_argument(
+        "--threads", type=int, nargs="+", default=list(range(1, min(2, usable_cores()) + 1)), metavar="N",
+        help="numbers of threads, measured one after the other (default: 1 and, with two cores, 2)",
+    )  # fmt: skip
+
+
+def results_of(args: argparse.Namespace, measure: Callable[[Advance], Results]) -> Results:
+    """Measured with a progress bar, or read with `--results`.
+
+    Args:
+        args: of `add_arguments`.
+        measure: given what to call with the name of the case after each timed step.
+
+    Raises:
+        UserError: the record exists already, or the file can't be read; before anything is measured.
+    """
+    if args.record and args.record.exists() and not args.overwrite:
+        raise UserError(f"--record {args.record}: it exists already; --overwrite replaces it")
+    if args.results is not None:
+        return read_json(args.results)
+    # no total: implementations that don't run here, and slow ones, take fewer steps
+    with tqdm(unit=" steps", disable=None, file=sys.stderr) as bar:
+
+        def advance(case: str) -> None:
+            bar.set_description(case, refresh=False)
+            bar.update()
+
+        return measure(advance)
+
+
+def give(
+    args: argparse.Namespace,
+    results: Results,
+    table: str,
+    write_record: Callable[..., None],
+    title: str,
+    script: str,
+    plots: dict[str, Callable[[Path], Any]] | None = None,
+) -> None:
+    """Write JSON and record where asked for, and print.
+
+    Args:
+        args: of `add_arguments`.
+        results: of `results_of`.
+        table: for people.
+        write_record: `dsmoe.records.write_record`, which is above this package.
+        title: of the record.
+        script: file name under eval/.
+        plots: by file name, what draws them for the record.
+    """
+    if args.json and args.json != "-":
+        write_json(args.json, results)
+    if args.record:
+        with tempfile.TemporaryDirectory() as name:
+            files = [Path(name) / "results.json", *(Path(name) / plot for plot in plots or {})]
+            write_json(files[0], results)
+            for file, draw in zip(files[1:], (plots or {}).values()):
+                draw(file)
+            threads = " ".join(sorted({str(row["threads"]) for row in results["layers"]}))
+            write_record(
+                args.record, title=title,
+                command=f"python eval/{script} --threads {threads} --record {args.record} --overwrite",
+                conclusion=f"{args.note}\n\n{table}".strip(), files=files, overwrite=args.overwrite,
+                details={"measured_on": {key: results.get(key) for key in ("versions", "hardware")}},
+            )  # fmt: skip
+    print(json.dumps(results, indent=2) if args.json == "-" else table)
