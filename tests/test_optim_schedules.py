@@ -49,3 +49,7 @@ def test_coefficient():
     ramp = RouterLossSettings(mi_schedule="ramp", mi_ramp_start=0.2, mi_ramp_end=0.6)
     found = [loss_coefficient_factor(step, 100, ramp) for step in (0, 20, 40, 60, 99)]
     assert found == pytest.approx([0.0, 0.0, 0.5, 1.0, 1.0])
+    decay = RouterLossSettings(mi_schedule="decay", mi_ramp_start=0.2, mi_ramp_end=0.6, mi_final_factor=0.1)
+    found = [loss_coefficient_factor(step, 100, decay) for step in (0, 20, 40, 60, 99)]
+    assert found == pytest.approx([1.0, 1.0, 0.55, 0.1, 0.1])
+    assert RouterLossSettings().mi_final_factor == 0.0

@@ -80,6 +80,13 @@ ARMS = {
         "router_loss__load_balancing_coef": 3.0,
         "data__isolate_documents": True,
     },
+    "steered": {
+        **LARGE,
+        "router_loss__mi_control": "layer",
+        "router_loss__mi_control_gain": 0.5,
+        "mask_phase__fraction": 0.5,
+        "mask_phase__targets": [0.5, 0.75, 1.0],
+    },
     "zero2": {**LARGE, "train__sharding": "zero2"},
     "zero3": {**LARGE, "train__sharding": "zero3"},
     "zero2-broken": {**LARGE, "train__sharding": "zero2"},
@@ -94,6 +101,7 @@ RESUMED = {
     "zero2": "zero3",
     "zero3": "zero2",
     "accumulated": "zero3",
+    "steered": "none",
     "zero3-broken": "fsdp2",
 }
 # sequences per forward and process, in one process and in two
@@ -103,6 +111,7 @@ MICRO = {
     "sharded": (8, 4),
     "sharded-accumulated": (4, 2),
     "smoe": (8, 2),
+    "steered": (4, 2),
     "zero2": (4, 2),
     "zero3": (8, 4),
     "zero2-broken": (8, 4),
@@ -176,6 +185,10 @@ def test_two_processes_equal_one(train, two_processes, name):
         for key, values in line["router"]["mlp"].items():
             expected = torch.tensor(theirs["router"]["mlp"][key])
             torch.testing.assert_close(torch.tensor(values), expected, rtol=1e-4, atol=2e-4, msg=key)
+        if name == "steered":
+            assert line["mi_coefs"] == pytest.approx(theirs["mi_coefs"], rel=1e-4)
+            for target, threshold in line.get("mask_phase", {}).get("thresholds", {}).items():
+                assert theirs["mask_phase"]["thresholds"][target] == pytest.approx(threshold, rel=1e-3)
     weights = load_file(two_processes / name / "final" / "model.safetensors")
     assert weights.keys() == one.weights().keys()
     for key, tensor in one.weights().items():

@@ -44,6 +44,9 @@ class DSMoEConfig(PreTrainedConfig):
             "renormalized" the k of its top_k policy), sqrt(N) ("l2"). With it the layer of a uniform router
             equals the dense twin's.
         attention_gate_scale: the same for attention experts.
+        gate_constant: c from 0 to below 1: the gate of a kept MLP expert is c + (1 - c) * g, g being the gate that the
+            two above give; that of a dropped one stays 0. With all experts each then has at least c. Attention experts
+            have none.
         mlp_routing: the routing policy of the MLP experts (see `dsmoe.config.routing`): a dict for all layers
             or a list with one dict per layer.
         attention_routing: the same for the attention experts.
@@ -86,6 +89,7 @@ class DSMoEConfig(PreTrainedConfig):
     gate_normalization: str = "softmax"
     mlp_gate_scale: float | None = None
     attention_gate_scale: float | None = None
+    gate_constant: float = 0.0
     mlp_routing: list | dict | None = None
     attention_routing: list | dict | None = None
     mlp_kept_experts: list | None = None
@@ -209,6 +213,8 @@ class DSMoEConfig(PreTrainedConfig):
             value = getattr(self, name)
             if value is not None and not value > 0:
                 raise UserError(f"model.{name} is {value}; it must be above 0 (or null for the default)")
+        if not 0 <= self.gate_constant < 1:
+            raise UserError(f"model.gate_constant is {self.gate_constant}; it must be from 0 to below 1")
 
     def routing(self, part: str, layer: int) -> dict[str, Any]:
         """The routing policy of a layer's "mlp" or "attention" experts."""

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from dsmoe.config.model import DSMoEConfig
+from dsmoe.config.objective import DistillationSettings, MaskPhaseSettings, RouterLossSettings
 from dsmoe.config.routing import Policy, check_policy
 from dsmoe.errors import UserError
 
@@ -75,68 +76,6 @@ class OptimSettings:
     eps: float = 1e-8
     grad_clip: float = 1.0
     router_lr_scale: float = 1.0
-
-
-@dataclass
-class RouterLossSettings:
-    """Coefficients of the router losses; each multiplies a sum over layers.
-
-    Args:
-        router_mi_loss_coef_mlp: mutual information of the MLP routers (the paper's alpha).
-        router_mi_loss_coef_attention: the same of the attention routers.
-        mi_schedule: "constant", or "ramp" (linear, between the two fractions below).
-        mi_ramp_start: share of the steps at which the ramp begins.
-        mi_ramp_end: share of the steps at which it is up.
-        mi_statistics: p(e) over the global batch of data-parallel processes and of accumulated micro-batches: "exact"
-            (an extra forward without gradients when accumulating) or "running" (a running average over steps and
-            micro-batches: cheap, approximate).
-        mi_running_decay: decay of the running average per micro-batch.
-        load_balancing_coef: Switch load balancing (SMoE).
-        router_z_loss_coef: z-loss of all routers.
-    """
-
-    router_mi_loss_coef_mlp: float = 0.0
-    router_mi_loss_coef_attention: float = 0.0
-    mi_schedule: typing.Literal["constant", "ramp"] = "constant"
-    mi_ramp_start: float = 0.0
-    mi_ramp_end: float = 0.5
-    mi_statistics: typing.Literal["exact", "running"] = "exact"
-    mi_running_decay: float = 0.9
-    load_balancing_coef: float = 0.0
-    router_z_loss_coef: float = 0.0
-
-
-@dataclass
-class MaskPhaseSettings:
-    """The last part of training with the sparse policy in the forward, so that the model learns to do without.
-
-    The threshold (on N * p, one for all layers) is steered in closed loop to the wanted share of active experts.
-
-    Args:
-        fraction: share of the steps at the end that run with the mask; 0: none.
-        target_active: wanted mean share of active MLP experts.
-        gain: relative change of the threshold per step and unit of relative error.
-        policies: instead of a steered threshold, the routing policies of these sparse checkpoints (folders of
-            `dsmoe sparsify`), one drawn for each step, so that one model learns several budgets.
-    """
-
-    fraction: float = 0.0
-    target_active: float = 0.33
-    gain: float = 0.1
-    policies: list[str] = field(default_factory=list)
-
-
-@dataclass
-class DistillationSettings:
-    """While the forward is sparse, the model also learns from the all-experts mode (untested with `train.sharding`).
-
-    Args:
-        coef: weight of KL(teacher || student); the language-modelling loss gets 1 - coef. 0: none.
-        teacher: model folder of a frozen teacher, run with all its experts; empty: the model itself.
-    """
-
-    coef: float = 0.0
-    teacher: str = ""
 
 
 @dataclass
@@ -290,13 +229,9 @@ class RunConfig:
                 f"data.sequence_length {self.data.sequence_length} is above "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
             )
-        if not 0 <= self.distillation.coef <= 1:
-            raise UserError(f"distillation.coef is {self.distillation.coef}; it must be from 0 to 1")
-        if not 0 <= self.mask_phase.fraction <= 1 or not 0 < self.mask_phase.target_active <= 1:
-            raise UserError(
-                f"mask_phase.fraction {self.mask_phase.fraction} and target_active {self.mask_phase.target_active} must "
-                "be shares between 0 and 1"
-            )
+        self.router_loss.check()
+        self.mask_phase.check()
+        self.distillation.check()
 
 
 __all__ = ["DataSettings", "DistillationSettings", "GuardSettings", "MaskPhaseSettings", "ModelSettings", "OptimSettings",

@@ -34,6 +34,7 @@ class RouterStatistics:
         entropy_L: [L] sum of H(e|x) in nats.
         square_lse_L: [L] sum of logsumexp(logits)^2.
         num_tokens: scalar tensor, number of tokens.
+        above_L: [L] sum of the number of experts with N * p(e|x) above a threshold; None: not asked for.
     """
 
     probs_LN: Tensor
@@ -41,14 +42,16 @@ class RouterStatistics:
     entropy_L: Tensor
     square_lse_L: Tensor
     num_tokens: Tensor
+    above_L: Tensor | None = None
 
     def __add__(self, other: "RouterStatistics") -> "RouterStatistics":
         """Statistics of both sets of tokens."""
         return RouterStatistics(*(a + b for a, b in zip(self.tensors(), other.tensors())))
 
     def tensors(self) -> tuple[Tensor, ...]:
-        """The five sums, in order."""
-        return self.probs_LN, self.load_LN, self.entropy_L, self.square_lse_L, self.num_tokens
+        """The sums that there are, in order."""
+        always = (self.probs_LN, self.load_LN, self.entropy_L, self.square_lse_L, self.num_tokens)
+        return always if self.above_L is None else (*always, self.above_L)
 
     def flatten(self) -> Tensor:
         """All sums as one vector, for one all-reduce."""
@@ -70,7 +73,10 @@ def stack_layers(logits: Sequence[Tensor], token_mask: Tensor | None) -> tuple[T
 
 @torch.no_grad()
 def router_statistics(
-    logits: Sequence[Tensor], token_mask: Tensor | None = None, kept: Sequence[Tensor] | None = None
+    logits: Sequence[Tensor],
+    token_mask: Tensor | None = None,
+    kept: Sequence[Tensor] | None = None,
+    threshold: float | None = None,
 ) -> RouterStatistics:
     """Statistics of one part of the batch, in float64 and without gradients.
 
@@ -78,6 +84,7 @@ def router_statistics(
         logits: L tensors [B, S, N].
         token_mask: [B, S], nonzero where a token counts (padding doesn't); None: all do.
         kept: L masks [T, N] of the kept experts, for the loads; None: the share of p in place of counts.
+        threshold: on N * p, for `above_L`; None: without it.
 
     Returns:
         RouterStatistics in float64.
@@ -87,12 +94,16 @@ def router_statistics(
     log_probs = logits_LTN.log_softmax(-1)
     probs = log_probs.exp()
     load = probs if kept is None else torch.stack(list(kept)).double()
+    above_L = None
+    if threshold is not None:
+        above_L = torch.einsum("ltn,t->l", (probs * probs.shape[-1] > threshold).double(), mask_T)
     return RouterStatistics(
         probs_LN=torch.einsum("ltn,t->ln", probs, mask_T),
         load_LN=torch.einsum("ltn,t->ln", load, mask_T),
         entropy_L=-torch.einsum("ltn,ltn,t->l", probs, log_probs, mask_T),
         square_lse_L=torch.einsum("lt,t->l", logits_LTN.logsumexp(-1).square(), mask_T),
         num_tokens=mask_T.sum(),
+        above_L=above_L,
     )
 
 
@@ -101,7 +112,8 @@ def statistics_values(statistics: RouterStatistics) -> dict[str, Tensor]:
 
     Returns:
         [L] tensors: "mutual_information" (the loss, -H(e) + H(e|x)), "entropy" (H(e)), "conditional_entropy" (mean
-        H(e|x)), "load_balancing", "z_loss"; and "load" [L, N], the share of tokens that keep each expert.
+        H(e|x)), "load_balancing", "z_loss"; "load" [L, N], the share of tokens that keep each expert; and where it was
+        asked for "above_threshold" [L], the mean share of experts with N * p above the threshold.
     """
     n = statistics.num_tokens.clamp(min=1)
     probs_LN = statistics.probs_LN / n
@@ -109,7 +121,7 @@ def statistics_values(statistics: RouterStatistics) -> dict[str, Tensor]:
     conditional = statistics.entropy_L / n
     load = statistics.load_LN
     share = load / load.sum(-1, keepdim=True).clamp(min=1e-12)
-    return {
+    found = {
         "mutual_information": conditional - entropy,
         "entropy": entropy,
         "conditional_entropy": conditional,
@@ -117,6 +129,9 @@ def statistics_values(statistics: RouterStatistics) -> dict[str, Tensor]:
         "z_loss": statistics.square_lse_L / n,
         "load": load / n,
     }
+    if statistics.above_L is not None:
+        found["above_threshold"] = statistics.above_L / (n * probs_LN.shape[-1])
+    return found
 
 
 @dataclass
@@ -137,6 +152,7 @@ def router_losses(
     statistics: RouterStatistics,
     token_mask: Tensor | None = None,
     mean_probs_LN: Tensor | None = None,
+    layer_weights_L: Tensor | None = None,
 ) -> RouterLosses:
     """Surrogates of the three losses for one part of the batch.
 
@@ -145,6 +161,7 @@ def router_losses(
         statistics: those of the global batch, this part included.
         token_mask: [B, S] as for `router_statistics`.
         mean_probs_LN: [L, N] p(e) to use in place of that of `statistics` (for running averages).
+        layer_weights_L: [L] factors of the layers in the sum of the mutual information; None: ones.
 
     Returns:
         RouterLosses.
@@ -160,9 +177,15 @@ def router_losses(
     log_probs = logits_LTN.log_softmax(-1)
     probs = log_probs.exp()
     num_experts = logits_LTN.shape[-1]
+    # -H(p) gives log p + 1 (the 1 has no gradient, since p sums to one), H(e|x) gives -log p(e|x)
+    difference = log_mean[:, None] - log_probs
+    if layer_weights_L is None:
+        mutual_information = torch.einsum("ltn,ltn,t->", probs, difference, weight_T)
+    else:
+        weight_LT = layer_weights_L.to(weight_T)[:, None] * weight_T
+        mutual_information = torch.einsum("ltn,ltn,lt->", probs, difference, weight_LT)
     return RouterLosses(
-        # -H(p) gives log p + 1 (the 1 has no gradient, since p sums to one), H(e|x) gives -log p(e|x)
-        mutual_information=torch.einsum("ltn,ltn,t->", probs, log_mean[:, None] - log_probs, weight_T),
+        mutual_information=mutual_information,
         load_balancing=num_experts * torch.einsum("ltn,ln,t->", probs, share.to(dtype), weight_T),
         z_loss=torch.einsum("lt,t->", logits_LTN.logsumexp(-1).square(), weight_T),
     )

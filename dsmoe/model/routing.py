@@ -31,8 +31,10 @@ def route(probs_TN: Tensor, config: DSMoEConfig, part: str, layer_idx: int) -> t
     expert_mask_TM = None
     if not is_dense(policy, probs_TN.shape[-1] if kept_experts is None else len(kept_experts)):
         expert_mask_TM = choose_experts(probs_TN, policy, kept_experts)
-    scale = config.mlp_gate_scale if part == "mlp" else config.attention_gate_scale
-    gates_TM = gate_values(probs_TN, expert_mask_TM, config.gate_normalization, scale, kept_experts)
+    scale, constant = config.attention_gate_scale, 0.0
+    if part == "mlp":
+        scale, constant = config.mlp_gate_scale, config.gate_constant
+    gates_TM = gate_values(probs_TN, expert_mask_TM, config.gate_normalization, scale, kept_experts, constant)
     return gates_TM, expert_mask_TM
 
 
@@ -128,6 +130,7 @@ def gate_values(
     normalization: str,
     scale: float,
     kept_experts: Sequence[int] | None = None,
+    constant: float = 0.0,
 ) -> Tensor:
     """The combining weights of the experts.
 
@@ -138,10 +141,25 @@ def gate_values(
             scale * p / (sum of p over the kept experts).
         scale: see `DSMoEConfig.mlp_gate_scale`.
         kept_experts: the experts that are stored, ascending; None: all.
+        constant: c: a gate g becomes c + (1 - c) * g (see `DSMoEConfig.gate_constant`).
 
     Returns:
         [T, M]; zero for dropped experts.
     """
+    gates_TM = _changing_part(probs_TN, expert_mask_TM, normalization, scale, kept_experts)
+    if not constant:
+        return gates_TM
+    gates_TM = constant + (1 - constant) * gates_TM
+    return gates_TM if expert_mask_TM is None else gates_TM * expert_mask_TM
+
+
+def _changing_part(
+    probs_TN: Tensor,
+    expert_mask_TM: Tensor | None,
+    normalization: str,
+    scale: float,
+    kept_experts: Sequence[int] | None,
+) -> Tensor:
     kept_TM = _stored(probs_TN, kept_experts)
     if expert_mask_TM is not None:
         kept_TM = kept_TM * expert_mask_TM

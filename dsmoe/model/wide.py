@@ -6,7 +6,8 @@ of its expert before the down projection. So dense training needs no grouped GEM
 Tokens are taken in blocks: what a GEMM has just written is then still in the cache when the activation reads it, and
 large temporaries (which malloc gives back to the system and must fault in again each time) don't arise. With
 `recompute` the pre-activations aren't kept for the backward pass: it computes them again, block by block.
-Few tokens without gradients are bound by the reading of weights, which a kernel does faster than GEMMs.
+Few tokens without gradients are bound by the reading of weights, which a kernel does faster than GEMMs. To torch.compile
+without gradients the layer is one opaque operation: what it does depends on the number of tokens.
 
 Shapes: T tokens, D hidden size, N experts, F hidden units of one expert, H = 2F (swiglu) or F (gelu), W = N * F,
 C tokens of a block.
@@ -223,6 +224,8 @@ def wide_experts(
     assert down_layout in ("NFD", "NDF"), down_layout
     device = x_TD.device.type
     dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
+        return torch.ops.dsmoe.wide_experts(x_TD.to(dtype), gates_TN, up_NHD, down, mlp_type, down_layout)
     if x_TD.shape[0] <= MOST_TOKENS_OF_ALL_EXPERTS and not torch.compiler.is_compiling():
         down_NFD = down if down_layout == "NFD" else down.transpose(1, 2)
         y_TD = inference_experts(x_TD.to(dtype), gates_TN, None, up_NHD, down_NFD, mlp_type)
@@ -233,3 +236,17 @@ def wide_experts(
     setting = _Setting(mlp_type, dtype, down_layout, recompute, _blocks(x_TD.shape[0], block_tokens))
     with torch.autocast(device, enabled=False):
         return _WideExperts.apply(x_TD, gates_TN, up_NHD, down, setting)
+
+
+@torch.library.custom_op("dsmoe::wide_experts", mutates_args=())
+def _operation(
+    x_TD: Tensor, gates_TN: Tensor | None, up_NHD: Tensor, down: Tensor, mlp_type: str, down_layout: str
+) -> Tensor:
+    return wide_experts(x_TD, gates_TN, up_NHD, down, mlp_type, down_layout=down_layout)
+
+
+@_operation.register_fake
+def _(
+    x_TD: Tensor, gates_TN: Tensor | None, up_NHD: Tensor, down: Tensor, mlp_type: str, down_layout: str
+) -> Tensor:
+    return torch.empty_like(x_TD)

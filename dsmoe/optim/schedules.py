@@ -31,10 +31,13 @@ def learning_rate_factor(step: int, total_steps: int, settings: OptimSettings) -
 def loss_coefficient_factor(step: int, total_steps: int, settings: RouterLossSettings) -> float:
     """The share of the mutual-information coefficient at a step.
 
-    "constant" is 1; "ramp" rises linearly from 0 to 1 between the fractions `mi_ramp_start` and `mi_ramp_end` of
-    the run.
+    "constant" is 1; between the fractions `mi_ramp_start` and `mi_ramp_end` of the run "ramp" rises linearly from 0 to 1
+    and "decay" falls linearly from 1 to `mi_final_factor`.
     """
     if settings.mi_schedule == "constant":
         return 1.0
     start, end = settings.mi_ramp_start * total_steps, settings.mi_ramp_end * total_steps
-    return min(1.0, max(0.0, (step - start) / max(1.0, end - start)))
+    progress = min(1.0, max(0.0, (step - start) / max(1.0, end - start)))
+    if settings.mi_schedule == "decay":
+        return 1.0 - progress * (1.0 - settings.mi_final_factor)
+    return progress

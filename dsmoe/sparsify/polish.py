@@ -101,7 +101,8 @@ def polish_config(args: argparse.Namespace) -> RunConfig:
     optim.learning_rate = args.learning_rate or optim.learning_rate * optim.min_lr_ratio
     optim.schedule, optim.min_lr_ratio, optim.warmup_fraction = "cosine", 1.0, 0.02
     config.name = f"{config.name}-polish"
-    config.mask_phase.fraction, config.mask_phase.policies = 1.0, [str(folder) for folder in args.policies]
+    config.mask_phase.fraction, config.mask_phase.targets = 1.0, []
+    config.mask_phase.policies = [str(folder) for folder in args.policies]
     config.distillation.coef, config.distillation.teacher = args.distill, args.teacher
     config.data.path = args.data or config.data.path
     config.data.first_sample = config.data.first_sample + trained * train.global_batch_size

@@ -135,6 +135,7 @@ def _output_norm(
     block = layer.mlp if site.part == "mlp" else layer.self_attn
     hook = block.register_forward_hook(lambda module, args, out: outputs.append(out))
     scale: Any = config.mlp_gate_scale if site.part == "mlp" else config.attention_gate_scale
+    constant = config.gate_constant if site.part == "mlp" else 0.0
     stored = site.kept_experts or list(range(site.num_experts))
     total = weight = 0.0
     try:
@@ -146,7 +147,7 @@ def _output_norm(
                 chosen_TM = torch.zeros(len(probs_TN), len(stored), dtype=torch.bool, device=probs_TN.device)
                 chosen_TM[:, stored.index(expert)] = True
                 gates_TM = gate_values(
-                    probs_TN, chosen_TM, config.gate_normalization, scale, site.kept_experts
+                    probs_TN, chosen_TM, config.gate_normalization, scale, site.kept_experts, constant
                 )
                 gates_T = gates_TM.sum(-1)
                 labelled_T = batch["attention_mask"].flatten().to(gates_T.device).bool()

@@ -25,10 +25,12 @@ from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_
 from dsmoe.trainer.checkpointer import Checkpointer
 from dsmoe.trainer.cost import sizes_and_cost
 from dsmoe.trainer.distillation import Distiller
+from dsmoe.trainer.first_thresholds import first_thresholds
 from dsmoe.trainer.guard import Guard
 from dsmoe.trainer.log import RunLog
 from dsmoe.trainer.mask_phase import make_controller
 from dsmoe.trainer.matmul import choose_float32_matmul
+from dsmoe.trainer.mi_control import make_mi_controller
 from dsmoe.trainer.signals import StopSignals
 from dsmoe.trainer.starting_point import first_weights
 from dsmoe.trainer.state import LoopState
@@ -65,9 +67,10 @@ class TrainingRun:
         if config.router_loss.mi_statistics == "running":
             running = RunningMean(config.router_loss.mi_running_decay)
         self.state = LoopState(
-            make_controller(config.mask_phase, self.raw_model.config), Guard(config.guard), running
-        )
-        self.controller = self.state.controller
+            make_controller(config.mask_phase, self.raw_model.config), Guard(config.guard), running,
+            make_mi_controller(config.router_loss, self.raw_model.config),
+        )  # fmt: skip
+        self.controller, self.mi_control = self.state.controller, self.state.mi_control
         self.stepper = Stepper(
             accelerator,
             model,
@@ -78,6 +81,7 @@ class TrainingRun:
             self.parallel,
             self.state.guard,
             Distiller(config.distillation, accelerator, self.raw_model),
+            self.mi_control,
         )
         self.log = RunLog(folder, accelerator)
         self.environment = {
@@ -156,15 +160,26 @@ class TrainingRun:
             group["lr"] = config.optim.learning_rate * factor * group["lr_scale"]
         mi_factor = loss_coefficient_factor(self.step, total, config.router_loss)
         batches = self._batches()
-        if not self.controller.active_at(self.step, total) or self.raw_model.config.num_experts == 1:
-            return self.stepper.step(batches, mi_factor)
-        with use_routing(
-            self.raw_model, **self.controller.routing(self.step, self.raw_model.config.num_experts)
-        ):
+        if self.controller.active_at(self.step, total) and self.raw_model.config.num_experts > 1:
+            return self._masked_step(batches, mi_factor)
+        result = self.stepper.step(batches, mi_factor)
+        # without the loss nothing answers to the coefficient
+        if self.mi_control is not None and result.skipped is None and mi_factor:
+            self.mi_control.update(result.statistics["mlp"])
+        return result
+
+    def _masked_step(self, batches: list[dict[str, torch.Tensor]], mi_factor: float) -> StepResult:
+        """A step of the mask phase."""
+        controller, before = self.controller, self.controller.state()
+        controller.start(lambda shares: first_thresholds(self.stepper, batches, shares))
+        with use_routing(self.raw_model, **controller.routing(self.step, self.raw_model.config.num_experts)):
             result = self.stepper.step(batches, mi_factor)
         if result.skipped is None:
             statistics = result.statistics["mlp"]
-            self.controller.update(float((statistics.load_LN.mean() / statistics.num_tokens).item()))
+            share = float((statistics.load_LN.mean() / statistics.num_tokens).item())
+            controller.update(share, self.step)
+        else:
+            controller.load(before)
         return result
 
     def _batches(self) -> list[dict[str, torch.Tensor]]:
@@ -199,7 +214,9 @@ class TrainingRun:
         }
         shown = {"lm": f"{result.lm_loss:.3f}", "tok/s": f"{rate:,.0f}"}
         if self.controller.steps:
-            line["mask_phase"] = {"threshold": self.controller.threshold}
+            line["mask_phase"] = self.controller.shown(self.step - 1)
+        if self.mi_control is not None:
+            line["mi_coefs"] = self.mi_control.coefs
         active = self.validator.active_experts(self.controller)
         if active is not None:
             line["active_experts"] = [round(value, 3) for value in active]
@@ -253,7 +270,8 @@ class TrainingRun:
             **sizes_and_cost(self.config, self.raw_model.config, found.get("active_experts_sparse")),
             "training_seconds": round(self.state.elapsed(), 1),
             "skipped_steps": self.state.guard.total,
-            "mask_phase_threshold": self.controller.threshold if self.controller.steps else None,
+            **self.controller.summary(),
+            "mi_coefs": None if self.mi_control is None else self.mi_control.coefs,
             "config": dataclasses.asdict(self.config),
             "environment": self.environment,
         }

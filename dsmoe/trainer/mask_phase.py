@@ -1,14 +1,14 @@
-"""The mask phase: training with a sparse forward, by a threshold steered to a target share, or by fixed policies."""
+"""The mask phase: training with a sparse forward, by thresholds steered to target shares, or by fixed policies."""
 
 import math
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from dsmoe.config import DSMoEConfig
-from dsmoe.config.routing import Policy
+from dsmoe.config.routing import DENSE, Policy
 from dsmoe.config.run import MaskPhaseSettings
 from dsmoe.errors import UserError
 
@@ -33,19 +33,124 @@ class ThresholdController:
         """Whether a step belongs to the phase."""
         return step >= total_steps * (1 - self.settings.fraction) and self.settings.fraction > 0
 
+    def start(self, measure: Callable[[Sequence[float]], Sequence[float]]) -> None:
+        """Called before every step of the phase, with what gives the thresholds of given shares on its batch."""
+
     def routing(self, step: int, num_experts: int) -> Routing:
         """The routing policies of a step of the phase."""
         return {"mlp": self.policy(num_experts)}
 
     def policy(self, num_experts: int) -> Policy | Sequence[Policy]:
         """The MLP policy that sparse validation runs with (one for all layers, or one per layer)."""
-        return {"policy": "threshold", "threshold": min(self.threshold, float(num_experts))}
+        return threshold_policy(self.threshold, num_experts)
 
-    def update(self, active_share: float) -> None:
-        """Move the threshold after a step with this mean active share over layers."""
-        error = (active_share - self.settings.target_active) / self.settings.target_active
-        self.threshold *= math.exp(self.settings.gain * max(-1.0, min(1.0, error)))
+    def update(self, active_share: float, step: int = 0) -> None:
+        """Move the threshold after a good step (of this number) with this mean active share over layers."""
+        settings = self.settings
+        self.threshold *= steering_factor(active_share, settings.target_active, settings.gain)
         self.steps += 1
+
+    def shown(self, step: int) -> dict[str, Any]:
+        """What the log says after a step (of this number)."""
+        return {"threshold": self.threshold}
+
+    def summary(self) -> dict[str, Any]:
+        """What the run's summary says."""
+        return {"mask_phase_threshold": self.threshold if self.steps else None}
+
+    def state(self) -> dict[str, Any]:
+        """State for a checkpoint."""
+        return {"threshold": self.threshold, "steps": self.steps}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore the state of `state`."""
+        self.threshold, self.steps = state["threshold"], state["steps"]
+
+
+def threshold_policy(threshold: float, num_experts: int) -> Policy:
+    """The policy of a threshold, which above N would be none."""
+    return {"policy": "threshold", "threshold": min(threshold, float(num_experts))}
+
+
+def steering_factor(share: float, target: float, gain: float) -> float:
+    """exp(gain * relative error of the share, clipped to -1..1)."""
+    return math.exp(gain * max(-1.0, min(1.0, (share - target) / target)))
+
+
+@dataclass
+class BudgetController(ThresholdController):
+    """Several target shares, one drawn for each step, each with a threshold and a closed loop of its own.
+
+    A loop sees one step in as many as there are targets, so its gain is that much larger. The thresholds start from the
+    quantiles of the first batch of the phase: one number can't be near all targets, and a loop that has few steps would
+    spend them on the way. That takes a forward without gradients, once, on the batch that the first good step (a resumed
+    one too) reads anyway. `threshold` is that of the target nearest to `target_active`.
+
+    Attributes:
+        thresholds: by target; 0 for the target 1, which is the all-experts mode and has nothing to steer.
+    """
+
+    thresholds: dict[float, float] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.targets = [float(target) for target in self.settings.targets]
+        wanted = self.settings.target_active
+        self.nearest = min(self.targets, key=lambda target: abs(target - wanted))
+        self._set([self.threshold] * len(self.targets))
+
+    def _set(self, thresholds: Sequence[float]) -> None:
+        self.thresholds = {
+            target: 0.0 if target == 1.0 else value for target, value in zip(self.targets, thresholds)
+        }
+        self.threshold = self.thresholds[self.nearest]
+
+    def start(self, measure: Callable[[Sequence[float]], Sequence[float]]) -> None:
+        """Start the thresholds where the batch of the first step has their shares."""
+        if not self.steps:
+            self._set(measure(self.targets))
+
+    def target(self, step: int) -> float:
+        """Drawn by the step's number alone, so that a resumed run draws the same."""
+        return random.Random(step).choice(self.targets)
+
+    def routing(self, step: int, num_experts: int) -> Routing:
+        """The policy of the step's target."""
+        return {"mlp": self._policy_of(self.target(step), num_experts)}
+
+    def policy(self, num_experts: int) -> Policy | Sequence[Policy]:
+        """The policy of the target nearest to `target_active`."""
+        return self._policy_of(self.nearest, num_experts)
+
+    def _policy_of(self, target: float, num_experts: int) -> Policy:
+        return DENSE if target == 1.0 else threshold_policy(self.thresholds[target], num_experts)
+
+    def update(self, active_share: float, step: int = 0) -> None:
+        """Move the threshold of the step's target."""
+        target, gain = self.target(step), self.settings.gain * len(self.targets)
+        self.thresholds[target] *= steering_factor(active_share, target, gain)
+        self.threshold = self.thresholds[self.nearest]
+        self.steps += 1
+
+    def shown(self, step: int) -> dict[str, Any]:
+        """All thresholds, and the step's target."""
+        return {**super().shown(step), "thresholds": self._by_name(), "target": self.target(step)}
+
+    def summary(self) -> dict[str, Any]:
+        """All thresholds."""
+        return {**super().summary(), "mask_phase_thresholds": self._by_name() if self.steps else None}
+
+    def state(self) -> dict[str, Any]:
+        """State for a checkpoint."""
+        return {**super().state(), "thresholds": self._by_name()}
+
+    def load(self, state: dict[str, Any]) -> None:
+        """Restore the state of `state`; a target that it doesn't know starts from its one threshold."""
+        super().load(state)
+        known = state.get("thresholds", {})
+        self._set([known.get(str(target), self.threshold) for target in self.targets])
+
+    def _by_name(self) -> dict[str, float]:
+        return {str(target): threshold for target, threshold in self.thresholds.items()}
 
 
 @dataclass
@@ -66,7 +171,7 @@ class PolicyCycle(ThresholdController):
         """The MLP policies of the first checkpoint."""
         return self.routings[0]["mlp"]
 
-    def update(self, active_share: float) -> None:
+    def update(self, active_share: float, step: int = 0) -> None:
         """Nothing to steer."""
         self.steps += 1
 
@@ -79,8 +184,17 @@ def make_controller(settings: MaskPhaseSettings, config: DSMoEConfig) -> Thresho
         config: of the model.
 
     Raises:
-        UserError: a folder of `policies` that is no checkpoint, or one whose experts are not the model's.
+        UserError: a target below one expert, a folder of `policies` that is no checkpoint, or one whose experts are not
+            the model's.
     """
+    if settings.targets:
+        too_low = [target for target in settings.targets if target * config.num_experts < 1 - 1e-6]
+        if too_low and config.num_experts > 1:
+            raise UserError(
+                f"mask_phase.targets: {too_low[0]} is below 1 / num_experts = {1 / config.num_experts:g}, and every "
+                "token keeps at least one expert"
+            )
+        return BudgetController(settings)
     if not settings.policies:
         return ThresholdController(settings)
     if config.num_experts == 1:

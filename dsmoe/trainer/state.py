@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dsmoe.trainer.guard import Guard
 from dsmoe.trainer.mask_phase import ThresholdController
+from dsmoe.trainer.mi_control import MIController
 from dsmoe.trainer.statistics import RunningMean
 
 
@@ -22,9 +23,10 @@ class LoopState:
     """State of the loop.
 
     Attributes:
-        controller: threshold of the mask phase.
+        controller: thresholds of the mask phase.
         guard: counters and running scales of the guard.
         running: the running p(e), where that is asked for.
+        mi_control: the steered coefficients of the mutual information, where that is asked for.
         step: optimiser steps done, skipped ones included; it is also the position in the text.
         seconds: time spent by the processes before this one.
         started: when this process took over.
@@ -33,6 +35,7 @@ class LoopState:
     controller: ThresholdController
     guard: Guard
     running: RunningMean | None
+    mi_control: MIController | None = None
     step: int = 0
     seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
@@ -46,8 +49,9 @@ class LoopState:
         return {
             "step": self.step,
             "seconds": self.elapsed(),
-            "controller": {"threshold": self.controller.threshold, "steps": self.controller.steps},
+            "controller": self.controller.state(),
             "guard": self.guard.state(),
+            **({} if self.mi_control is None else {"mi_control": self.mi_control.state()}),
         }
 
     def tensors(self) -> dict[str, Tensor]:
@@ -57,9 +61,10 @@ class LoopState:
     def load(self, record: dict[str, Any], tensors: dict[str, Tensor]) -> None:
         """Restore what `record` and `tensors` gave."""
         self.step, self.seconds = record["step"], record["seconds"]
-        self.controller.threshold = record["controller"]["threshold"]
-        self.controller.steps = record["controller"]["steps"]
+        self.controller.load(record["controller"])
         self.guard.load(record["guard"])
+        if self.mi_control is not None:
+            self.mi_control.load(record.get("mi_control", {}))
         if self.running is not None and "running.weight" in tensors:
             self.running.load(tensors)
         set_random_states(tensors)

@@ -20,8 +20,17 @@ def part_logits(outputs) -> dict[str, tuple[Tensor, ...]]:
     return {part: logits for part, logits in found.items() if logits is not None}
 
 
-def batch_statistics(config: DSMoEConfig, outputs, token_mask: Tensor | None) -> Statistics:
-    """Statistics of one micro-batch; loads count the experts that the routing policy keeps."""
+def batch_statistics(
+    config: DSMoEConfig, outputs, token_mask: Tensor | None, mlp_threshold: float | None = None
+) -> Statistics:
+    """Statistics of one micro-batch; loads count the experts that the routing policy keeps.
+
+    Args:
+        config: of the model, with the routing policies of the forward.
+        outputs: of the model.
+        token_mask: [B, S], nonzero where a token counts; None: all do.
+        mlp_threshold: MLP experts with N * p above it are counted too; None: they aren't.
+    """
     found = {}
     for part, logits in part_logits(outputs).items():
         kept = None
@@ -34,7 +43,8 @@ def batch_statistics(config: DSMoEConfig, outputs, token_mask: Tensor | None) ->
                 )
                 for layer, layer_logits in enumerate(logits)
             ]
-        found[part] = router_statistics(logits, token_mask, kept)
+        threshold = mlp_threshold if part == "mlp" else None
+        found[part] = router_statistics(logits, token_mask, kept, threshold)
     return found
 
 

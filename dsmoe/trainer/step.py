@@ -14,6 +14,7 @@ from dsmoe.losses import RouterStatistics, router_losses
 from dsmoe.model import model_inputs
 from dsmoe.trainer.distillation import Distiller
 from dsmoe.trainer.guard import Guard
+from dsmoe.trainer.mi_control import MIController
 from dsmoe.trainer.parallel import Replicated
 from dsmoe.trainer.statistics import RunningMean, Statistics, add, batch_statistics, part_logits, reduce
 
@@ -51,6 +52,7 @@ class Stepper:
         parallel: how the processes share the model.
         guard: decides whether a gradient is applied.
         distiller: what sparse steps learn from the all-experts mode; None: nothing.
+        mi_control: steers the coefficient of the MLP routers' mutual information; None: it is fixed.
     """
 
     accelerator: Accelerator
@@ -62,6 +64,7 @@ class Stepper:
     parallel: Replicated
     guard: Guard = field(default_factory=lambda: Guard(GuardSettings()))
     distiller: Distiller | None = None
+    mi_control: MIController | None = None
 
     def step(self, micro_batches: list[Batch], mi_factor: float) -> StepResult:
         """Run one step.
@@ -138,7 +141,9 @@ class Stepper:
             use_cache=False,
         )
         token_mask = batch.get("attention_mask")
-        local = batch_statistics(config, outputs, token_mask)
+        control = self.mi_control
+        threshold = None if control is None else control.settings.mi_control_threshold
+        local = batch_statistics(config, outputs, token_mask, threshold)
         loss = outputs.loss
         bare = self.parallel.bare(self.model)
         if self.distiller is not None and self.distiller.wanted(bare):
@@ -152,7 +157,8 @@ class Stepper:
             # a micro-batch stands for its share of the step's tokens
             statistics = {part: _with_tokens(value, num_tokens) for part, value in statistics.items()}
         for part, logits in part_logits(outputs).items():
-            losses = router_losses(logits, statistics[part], token_mask, means.get(part))
+            weights = control.layer_factors() if control is not None and part == "mlp" else None
+            losses = router_losses(logits, statistics[part], token_mask, means.get(part), weights)
             mi_coef = getattr(self.settings, f"router_mi_loss_coef_{part}") * mi_factor
             if mi_coef:
                 loss = loss + mi_coef * losses.mutual_information

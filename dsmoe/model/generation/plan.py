@@ -159,6 +159,7 @@ class Plan:
             normalization=decoder.NORMALIZATIONS.index(config.gate_normalization),
             top_p=policy.get("top_p", 1.0),
             scale=config.mlp_gate_scale if part == "mlp" else config.attention_gate_scale,
+            constant=config.gate_constant if part == "mlp" else 0.0,
         )
 
     def _constant(self, values: list | None, dtype: torch.dtype) -> int | None:

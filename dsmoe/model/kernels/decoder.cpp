@@ -36,7 +36,7 @@ struct Routing {
   const float* thresholds;     // [stored]
   const float* score_weights;  // [experts] or null
   int64_t normalization;
-  float top_p, scale;
+  float top_p, scale, constant;
 };
 
 struct Layer {
@@ -328,6 +328,9 @@ void route(const Routing& routing, const float* const* x, int64_t tokens, int64_
     if (routing.normalization == L2) factor /= std::sqrt(dot(p, p, experts));
     if (routing.normalization == RENORMALIZED) factor /= total;
     for (int64_t i = 0; i < stored; ++i) gates[i] *= factor;
+    if (routing.constant != 0)
+      for (int64_t i = 0; i < stored; ++i)
+        if (mask == nullptr || mask[i]) gates[i] = routing.constant + (1 - routing.constant) * gates[i];
   }
 }
 

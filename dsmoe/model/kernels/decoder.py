@@ -46,6 +46,7 @@ class Routing(ctypes.Structure):
         ("normalization", ctypes.c_int64),
         ("top_p", ctypes.c_float),
         ("scale", ctypes.c_float),
+        ("constant", ctypes.c_float),
     ]
 
 

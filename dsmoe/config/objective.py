@@ -1,0 +1,133 @@
+"""The settings of what a run learns besides language modelling: router losses, the mask phase, distillation."""
+
+import typing
+from dataclasses import dataclass, field
+
+from dsmoe.errors import UserError
+
+
+@dataclass
+class RouterLossSettings:
+    """Coefficients of the router losses; each multiplies a sum over layers.
+
+    Under `mi_control` the coefficient of the MLP routers' mutual information is steered to a wanted share of experts
+    with N * p > `mi_control_threshold`, measured on the training batch: after every good step outside the mask phase it
+    is multiplied by exp(gain * relative error of the share, clipped to -1..1), from `router_mi_loss_coef_mlp` on and
+    within a hundredth and a hundred times that. In the mask phase, and while the schedule's factor is 0 (it has no
+    effect then), it stays where it is.
+
+    Args:
+        router_mi_loss_coef_mlp: mutual information of the MLP routers (the paper's alpha).
+        router_mi_loss_coef_attention: the same of the attention routers.
+        mi_schedule: what both are multiplied with, by the two fractions below: "constant" (1), "ramp" (linear from 0
+            to 1) or "decay" (linear from 1 to `mi_final_factor`).
+        mi_ramp_start: share of the steps at which the ramp or the decay begins.
+        mi_ramp_end: share of the steps at which it has ended.
+        mi_final_factor: what "decay" ends at.
+        mi_statistics: p(e) over the global batch of data-parallel processes and of accumulated micro-batches: "exact"
+            (an extra forward without gradients when accumulating) or "running" (a running average over steps and
+            micro-batches: cheap, approximate).
+        mi_running_decay: decay of the running average per micro-batch.
+        mi_control: "none" (the coefficient is fixed), "model" (steered, one for all layers, by their mean share) or
+            "layer" (each layer has its own, all with the same target).
+        mi_target_active: wanted share of experts above the threshold, between 0 and 1.
+        mi_control_gain: relative change of the coefficient per step and unit of relative error.
+        mi_control_threshold: on N * p (the paper's epsilon).
+        load_balancing_coef: Switch load balancing (SMoE).
+        router_z_loss_coef: z-loss of all routers.
+    """
+
+    router_mi_loss_coef_mlp: float = 0.0
+    router_mi_loss_coef_attention: float = 0.0
+    mi_schedule: typing.Literal["constant", "ramp", "decay"] = "constant"
+    mi_ramp_start: float = 0.0
+    mi_ramp_end: float = 0.5
+    mi_final_factor: float = 0.0
+    mi_statistics: typing.Literal["exact", "running"] = "exact"
+    mi_running_decay: float = 0.9
+    mi_control: typing.Literal["none", "model", "layer"] = "none"
+    mi_target_active: float = 0.33
+    mi_control_gain: float = 0.02
+    mi_control_threshold: float = 0.48
+    load_balancing_coef: float = 0.0
+    router_z_loss_coef: float = 0.0
+
+    def check(self) -> None:
+        """Raise UserError on values that can't work, naming the field."""
+        if not self.mi_final_factor >= 0:
+            raise UserError(f"router_loss.mi_final_factor is {self.mi_final_factor}; it must be at least 0")
+        if self.mi_control == "none":
+            return
+        if not 0 < self.mi_target_active < 1:
+            raise UserError(
+                f"router_loss.mi_target_active is {self.mi_target_active}; it must be a share between 0 and 1"
+            )
+        for name in ("mi_control_gain", "mi_control_threshold", "router_mi_loss_coef_mlp"):
+            value = getattr(self, name)
+            if not value > 0:
+                raise UserError(
+                    f"router_loss.{name} is {value}; mi_control {self.mi_control!r} needs one above 0"
+                )
+
+
+@dataclass
+class MaskPhaseSettings:
+    """The last part of training with the sparse policy in the forward, so that the model learns to do without.
+
+    The threshold (on N * p, one for all layers) is steered in closed loop to the wanted share of active experts.
+
+    Args:
+        fraction: share of the steps at the end that run with the mask; 0: none.
+        target_active: wanted mean share of active MLP experts.
+        targets: instead of the one `target_active`, several shares (at least 1 / num_experts; 1: all experts), one drawn
+            for each step, so that one model learns several budgets. Each has its own threshold, which starts where
+            the first batch of the phase has that share, and its own loop. Sparse validation runs with the threshold of
+            the target nearest to `target_active`.
+        gain: relative change of the threshold per step and unit of relative error; with several targets that times
+            their number, since each is drawn that much less often.
+        policies: instead of a steered threshold, the routing policies of these sparse checkpoints (folders of
+            `dsmoe sparsify`), one drawn for each step, so that one model learns several budgets.
+    """
+
+    fraction: float = 0.0
+    target_active: float = 0.33
+    targets: list[float] = field(default_factory=list)
+    gain: float = 0.1
+    policies: list[str] = field(default_factory=list)
+
+    def check(self) -> None:
+        """Raise UserError on values that can't work, naming the field."""
+        if not 0 <= self.fraction <= 1 or not 0 < self.target_active <= 1:
+            raise UserError(
+                f"mask_phase.fraction {self.fraction} and target_active {self.target_active} must "
+                "be shares between 0 and 1"
+            )
+        for target in self.targets:
+            if not 0 < target <= 1:
+                raise UserError(
+                    f"mask_phase.targets: {target} must be a share above 0 and at most 1 (1: all experts)"
+                )
+        if len(set(self.targets)) < len(self.targets):
+            raise UserError(f"mask_phase.targets {self.targets}: a share stands there twice")
+        if self.targets and self.policies:
+            raise UserError(
+                "mask_phase.targets and mask_phase.policies are two ways to train several budgets; give one of them"
+            )
+
+
+@dataclass
+class DistillationSettings:
+    """While the forward is sparse, the model also learns from the all-experts mode (untested with `train.sharding`).
+
+    Args:
+        coef: weight of KL(teacher || student); the language-modelling loss gets 1 - coef. 0: none.
+        teacher: model folder of a frozen teacher, run with all its experts; empty: the model itself.
+    """
+
+    coef: float = 0.0
+    teacher: str = ""
+
+    def check(self) -> None:
+        """Raise UserError on values that can't work, naming the field."""
+        if not 0 <= self.coef <= 1:
+            raise UserError(f"distillation.coef is {self.coef}; it must be from 0 to 1")
