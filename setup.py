@@ -33,6 +33,7 @@ setup(
         "jinja2>=3.1",
     ],
     extras_require={
+        "gguf": ["gguf>=0.17"],
         "tensorboard": ["tensorboard>=2.15"],
         "test": [
             "pytest>=8.0",
@@ -41,6 +42,7 @@ setup(
             "ruff>=0.9",
             "mypy>=1.13",
             "types-PyYAML",
+            "gguf>=0.17",
         ],
     },
     entry_points={"console_scripts": ["dsmoe=dsmoe.cli:main"]},

@@ -1,9 +1,9 @@
 """What a user of an export should know: lost precision, and what other engines do with the architecture.
 
 The lines on llama.cpp (`src/models/olmoe.cpp`, `src/models/qwen2moe.cpp`) and vLLM (`models/olmoe.py`) were read in
-their sources, not run: neither renormalises OLMoE's gates, whatever norm_topk_prob says, nor does llama.cpp
-Qwen2-MoE's; llama.cpp's loaders of both and vLLM's OLMoE want an output projection of its own; vLLM's OLMoE has the
-epsilon 1e-5 built in.
+their sources; llama.cpp was also run, on the files of `dsmoe.export.gguf`. Neither renormalises OLMoE's gates, whatever
+norm_topk_prob says, nor does llama.cpp Qwen2-MoE's; llama.cpp's loaders of both and vLLM's OLMoE want an output
+projection of its own; vLLM's OLMoE has the epsilon 1e-5 built in.
 """
 
 import torch

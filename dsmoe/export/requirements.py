@@ -6,6 +6,7 @@
 | qwen2moe | Qwen2-MoE    | qk_norm "none"; DS-MoE and SMoE with one K; its shared expert is one unit of zeros |
 | llama    | Llama        | qk_norm "none"; a dense twin                                                       |
 | dsmoe    | DS-MoE       | every model; loading it needs the `dsmoe` package                                  |
+| gguf     | of the above | what one of the first three takes, as a file for llama.cpp (`dsmoe.export.gguf`)   |
 
 The three stock formats store all experts in every layer and choose by probability alone, so they take no removed
 experts and no `score_weights`; those with experts have one K for all layers, so no thresholds (per layer or per expert),
@@ -22,7 +23,7 @@ from dsmoe.config.routing import is_dense
 from dsmoe.errors import UserError
 
 ARCHITECTURES = {"olmoe": "OLMoE", "qwen2moe": "Qwen2-MoE", "llama": "Llama", "dsmoe": "DS-MoE"}
-FORMATS = tuple(ARCHITECTURES)
+FORMATS = (*ARCHITECTURES, "gguf")
 QK_NORM_OF = {"olmoe": "full", "qwen2moe": "none", "llama": "none"}
 _KEEP = "`--format dsmoe` keeps it"
 _SPARSIFY = "`dsmoe sparsify CHECKPOINT --policy top_k --k K --output DIR`"
@@ -33,12 +34,12 @@ def check_exportable(config: DSMoEConfig, target: str) -> None:
 
     Args:
         config: the model's.
-        target: one of FORMATS.
+        target: one of ARCHITECTURES.
 
     Raises:
         UserError: the reason, and what would be right.
     """
-    if target not in FORMATS:
+    if target not in ARCHITECTURES:
         raise UserError(f"export format {target!r}: must be one of {', '.join(FORMATS)}")
     if target == "dsmoe":
         return
@@ -154,4 +155,9 @@ def _check_experts(config: DSMoEConfig, target: str) -> None:
         raise UserError(
             "model.gate_normalization is 'l2', which divides by the norm of the probabilities of all experts; "
             f"{name} sees those of the kept ones alone: train with 'softmax' or 'renormalized'; {_KEEP}"
+        )
+    if config.gate_constant:
+        raise UserError(
+            f"model.gate_constant is {config.gate_constant:g}; the gates of {name} have no constant part: train with 0; "
+            f"{_KEEP}"
         )

@@ -20,6 +20,7 @@ from dsmoe.export.check import (
     outputs_of,
     require_agreement,
 )
+from dsmoe.export.gguf import export_gguf
 from dsmoe.export.notes import notes_of
 from dsmoe.export.requirements import ARCHITECTURES, check_exportable, uniform_top_k
 from dsmoe.export.targets import is_exact, target_model
@@ -39,6 +40,7 @@ def export(
     dtype: str | None = None,
     *,
     untie: bool = False,
+    tokenizer: bool = True,
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Write a checkpoint in another format; the folder appears after its logits were checked.
@@ -46,18 +48,23 @@ def export(
     Args:
         checkpoint: dsmoe model folder, or folder of a finished run.
         target: one of FORMATS.
-        output: folder to write.
-        dtype: of the weights, one of DTYPES; None: the checkpoint's.
-        untie: store the output projection of a tied model beside its embedding table.
-        overwrite: replace a folder that is not empty.
+        output: folder to write, or file (gguf).
+        dtype: of the weights, one of DTYPES (of GGUF_DTYPES for gguf); None: the checkpoint's.
+        untie: store the output projection of a tied model beside its embedding table (gguf does so always).
+        tokenizer: false: leave the tokenizer out (gguf alone).
+        overwrite: replace a folder that is not empty, or a file.
 
     Returns:
-        The report that also stands in the folder's export.json.
+        The report, which also stands in the folder's export.json.
 
     Raises:
         UserError: the target cannot hold the model, or the export differs from it; nothing is written then.
     """
+    if target == "gguf":
+        return export_gguf(checkpoint, output, dtype, tokenizer=tokenizer, overwrite=overwrite)
     output = Path(output)
+    if not tokenizer:
+        raise UserError("--no-tokenizer is for `--format gguf`")
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     if untie and target == "dsmoe":
