@@ -4,7 +4,7 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,8 +27,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--note", default="", metavar="TEXT", help="text to put above the record's tables")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
     parser.add_argument(
-        "--results", type=Path, metavar="FILE", help="don't measure: take what an earlier --json wrote"
-    )
+        "--results", type=Path, nargs="+", metavar="FILE",
+        help="don't measure: take what earlier --json wrote (rows of several, such as one for each number of threads, "
+        "are joined)",
+    )  # fmt: skip
     parser.add_argument(
         "--threads", type=int, nargs="+", default=list(range(1, min(2, usable_cores()) + 1)), metavar="N",
         help="numbers of threads, measured one after the other (default: 1 and, with two cores, 2)",
@@ -48,7 +50,7 @@ def results_of(args: argparse.Namespace, measure: Callable[[Advance], Results]) 
     if args.record and args.record.exists() and not args.overwrite:
         raise UserError(f"--record {args.record}: it exists already; --overwrite replaces it")
     if args.results is not None:
-        return read_json(args.results)
+        return joined([read_json(path) for path in args.results])
     # no total: implementations that don't run here, and slow ones, take fewer steps
     with tqdm(unit=" steps", disable=None, file=sys.stderr) as bar:
 
@@ -57,6 +59,22 @@ def results_of(args: argparse.Namespace, measure: Callable[[Advance], Results]) 
             bar.update()
 
         return measure(advance)
+
+
+def joined(parts: Sequence[Results]) -> Results:
+    """Results of several runs as one: their rows one after the other, everything else from the first.
+
+    Args:
+        parts: as written by `--json`.
+    """
+    made = dict(parts[0])
+    for name, value in made.items():
+        others = [part[name] for part in parts[1:] if isinstance(part.get(name), type(value))]
+        if isinstance(value, list):
+            made[name] = [*value, *(row for other in others for row in other)]
+        elif name == "model" and isinstance(value, dict):
+            made[name] = joined([value, *others])
+    return made
 
 
 def give(
