@@ -34,6 +34,7 @@ setup(
     ],
     extras_require={
         "gguf": ["gguf>=0.17"],
+        "serve": ["vllm>=0.32"],
         "tensorboard": ["tensorboard>=2.15"],
         "test": [
             "pytest>=8.0",
@@ -45,5 +46,8 @@ setup(
             "gguf>=0.17",
         ],
     },
-    entry_points={"console_scripts": ["dsmoe=dsmoe.cli:main"]},
+    entry_points={
+        "console_scripts": ["dsmoe=dsmoe.cli:main"],
+        "vllm.general_plugins": ["dsmoe=dsmoe.serving.vllm_plugin:register"],
+    },
 )

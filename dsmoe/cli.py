@@ -38,6 +38,7 @@ COMMANDS = {
         "dsmoe.sparsify.polish", "fine-tune a run shortly with the policies of sparse checkpoints", True
     ),
     "export": Command("dsmoe.export.command", "write a checkpoint for stock architectures", True),
+    "serve": Command("dsmoe.serving.command", "serve a checkpoint by an OpenAI-compatible endpoint", True),
 }
 
 

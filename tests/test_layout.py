@@ -25,6 +25,7 @@ ORDER = (
             "trainer",
             "sparsify",
             "export",
+            "serving",
             "evaluation",
             "bench",
             "records",

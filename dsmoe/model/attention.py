@@ -113,9 +113,11 @@ class KeyValueAttention(nn.Module):
         implementation = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention
         )
-        return implementation(
+        out, weights = implementation(
             module or self, query, key, value, attention_mask, dropout=0.0, scaling=self.scaling, **kwargs
         )
+        batch, heads, length, _ = query.shape
+        return out.reshape(batch, length, heads, -1), weights  # vLLM's has the shape [B * S, H * hd]
 
 
 class Attention(KeyValueAttention):

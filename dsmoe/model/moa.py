@@ -30,6 +30,10 @@ class MixtureOfHeads(KeyValueAttention):
 
     Only the experts that the config keeps have weights; the router scores all. In memory `experts_q_proj` and
     `experts_o_proj` are [A, W, D]; on disk `experts_o_proj` is [A, D, W] (see `dsmoe.model.weights`).
+
+    Attributes:
+        runs_all_heads: compute all heads whatever the policy, with gates of zero on dropped ones: the same result in
+            shapes that don't depend on the tokens.
     """
 
     q_norm: RMSNorm
@@ -37,6 +41,7 @@ class MixtureOfHeads(KeyValueAttention):
 
     def __init__(self, config: DSMoEConfig, layer_idx: int) -> None:
         super().__init__(config, layer_idx)
+        self.runs_all_heads = False
         self.heads_per_expert = config.num_key_value_heads
         num_kept = config.num_kept_experts("attention", layer_idx)
         shape = (num_kept, self.heads_per_expert * self.head_dim, config.hidden_size)
@@ -68,7 +73,7 @@ class MixtureOfHeads(KeyValueAttention):
             attention_mask,
             kwargs,
         )
-        if mask_TA is None:
+        if mask_TA is None or self.runs_all_heads:
             out, weights = self._all_heads(x_BSD, gates_TA, call)
         elif gates_TA.shape[0] == 1:
             out, weights = self._kept_heads(x_BSD, gates_TA, mask_TA[0].nonzero()[:, 0], call)
@@ -83,16 +88,18 @@ class MixtureOfHeads(KeyValueAttention):
         if self.config.qk_norm == "per_head":
             heads = self.q_norm(heads)
         query = heads.permute(0, 3, 2, 1, 4).reshape(batch, -1, length, self.head_dim)
-        # attention implementations read the number of query heads per KV head off the module
-        stand_in = SimpleNamespace(
-            num_key_value_groups=experts,
-            is_causal=True,
-            training=self.training,
-            config=self.config,
-            layer_idx=self.layer_idx,
-        )
+        module: Any = self
+        if experts != self.num_key_value_groups:
+            # attention implementations read the number of query heads per KV head off the module
+            module = SimpleNamespace(
+                num_key_value_groups=experts,
+                is_causal=True,
+                training=self.training,
+                config=self.config,
+                layer_idx=self.layer_idx,
+            )
         query = rotate(query, *call.positions)
-        out, weights = self.attend(query, call.key, call.value, call.mask, module=stand_in, **call.kwargs)
+        out, weights = self.attend(query, call.key, call.value, call.mask, module=module, **call.kwargs)
         out = out.unflatten(2, (self.heads_per_expert, experts)).transpose(2, 3)
         return out.flatten(3), weights
 

@@ -1,0 +1,1 @@
+"""Serving a checkpoint: the vLLM plugin and the command `dsmoe serve`."""
