@@ -315,3 +315,10 @@ def test_stock_models_have_the_same_gradients(family):
         gradients[name] = {key: p.grad.clone() for key, p in model.named_parameters()}
     for key, gradient in gradients["eager"].items():
         torch.testing.assert_close(gradients["dsmoe_grouped"][key], gradient, rtol=1e-5, atol=1e-7)
+
+
+def test_reading_reads_the_kept_experts(kernel):
+    up, down = torch.rand(4, 6, 10), torch.rand(4, 3, 10)
+    mask = torch.tensor([[True, False, False, False], [True, False, True, False]])
+    total = float(up[[0, 2]].sum() + down[[0, 2]].sum())
+    assert inference.read_experts(mask, up, down) == pytest.approx(total, rel=1e-5)

@@ -202,6 +202,9 @@ def _policy_row(
         "time_ratio_to_all_experts_quartiles": [to_all["low"], to_all["high"]],
         "time_ratio_to_dense": ratio(seconds[policy], seconds["dense"])["median"],
         "time_ratio_to_top_k": _ratio_at_equal_work(case, policy, given, seconds),
+        "time_ratio_to_reading": ratio(seconds[policy], seconds["reading"])["median"]
+        if policy == "top_k" and "reading" in seconds
+        else None,
         "speedup_over_transformers": ratio(seconds[best], seconds[policy])["median"] if best else None,
     }
 

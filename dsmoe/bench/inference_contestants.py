@@ -16,6 +16,8 @@ from transformers.models.qwen3_moe.modeling_qwen3_moe import Qwen3MoeExperts
 from dsmoe.bench.contestants import DenseSwiGLU
 from dsmoe.model.grouped import grouped_experts
 from dsmoe.model.int8 import int8_experts, quantize_rows
+from dsmoe.model.kernels import inference_kernel
+from dsmoe.model.kernels.inference import MOST_TOKENS_OF_ALL_EXPERTS, read_experts
 from dsmoe.model.wide import wide_experts
 
 # of tokens, and of weights but for int8, which is ours alone: there dense and transformers have bfloat16 weights
@@ -150,7 +152,8 @@ def layer_steps(
         peers: implementations of transformers.
 
     Returns:
-        "top_k", "threshold", "all_experts", "dense" and each peer, to its step.
+        "top_k", "threshold", "all_experts", "dense", with few tokens "reading" (of top-K's weights, without any
+        arithmetic) and each peer, to its step.
     """
     copies, int8 = len(weights.own), len(weights.own[0]) > 2
 
@@ -186,6 +189,11 @@ def layer_steps(
         "all_experts": turns(all_experts, 2 * copies // 3),
         "dense": turns(lambda copy, batch: weights.dense[copy](batch.x), 0),
     }
+    if given[0].x.shape[0] <= MOST_TOKENS_OF_ALL_EXPERTS and inference_kernel() is not None:
+        steps["reading"] = turns(
+            lambda copy, batch: read_experts(batch.top_k, weights.own[copy][0], weights.own[copy][1]),
+            copies // 2,
+        )
     for place, name in enumerate(peers):
         steps[name] = turns(
             partial(_stock_step, weights.stock[name]),

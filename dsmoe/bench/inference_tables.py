@@ -38,13 +38,14 @@ def result_table(results: Mapping[str, Any]) -> str:
     """
     lines = [
         "Ratios are medians over interleaved rounds. All: our path for all experts; dense: nn.Linear SwiGLU of equal "
-        "width. Ideal: share of the weights that are read (decode) or of the arithmetic (prefill).",
+        "width. Ideal: share of the weights that are read (decode) or of the arithmetic (prefill). Reading: of "
+        "the kept experts' weights, just as cold, without any arithmetic: the least time there is.",
         f"float32 matrix products in oneDNN's {results['float32_matmul']} mode on all sides; experts: "
         f"{results['kernel'] or 'torch operations'}.",
         "",
         "| layer | phase | batch | policy | threads | ideal | time / all | time / dense | time / top-K "
-        "| x transformers (best) | % of ceiling (all experts) | us |",
-        "|---|---|---|---|---|---|---|---|---|---|---|---|",
+        "| time / reading | x transformers (best) | % of ceiling (all experts) | us |",
+        "|---|---|---|---|---|---|---|---|---|---|---|---|---|",
     ]
     lines = [*lines, *(_line(row) for row in results["layers"])] if results["layers"] else lines[:2]
     notes = {
@@ -106,11 +107,12 @@ def _line(row: Mapping[str, Any]) -> str:
     speedup = row["speedup_over_transformers"]
     slow = "*" if claimed and speedup is not None and speedup < claimed[1] else ""
     peer = row["best_transformers_implementation"]
-    seconds = sorted(row["seconds"][row["policy"]])
+    seconds, reading = sorted(row["seconds"][row["policy"]]), row.get("time_ratio_to_reading")
     return (
         f"| {row['case']} {row['dtype']} | {row['phase']} | {row['tokens']} | {row['policy']} | {row['threads']} "
         f"| {row['ideal_ratio']:.3f} | {row['time_ratio_to_all_experts']:.3f}{'' if prefill else missed} "
         f"| {row['time_ratio_to_dense']:.3f}{missed if prefill else ''} | {row['time_ratio_to_top_k']:.2f} "
+        f"| {'-' if reading is None else f'{reading:.2f}'} "
         f"| {'-' if speedup is None else f'{speedup:.1f}{slow} ({peer})'} "
         f"| {100 * row[f'share_of_{ceiling}']:.0f} ({100 * row[f'all_experts_share_of_{ceiling}']:.0f}) "
         f"| {1e6 * seconds[len(seconds) // 2]:.0f} |"

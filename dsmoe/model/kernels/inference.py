@@ -119,6 +119,22 @@ def read(numbers: Tensor) -> float:
     return _library.dsmoe_read(numbers.data_ptr(), numbers.numel(), torch.get_num_threads())
 
 
+def read_experts(expert_mask_TN: Tensor, up_NHD: Tensor, down_NFD: Tensor) -> float:
+    """Read the weights of all experts that some token keeps, and do nothing with them.
+
+    Args:
+        expert_mask_TN: [T, N] bool, contiguous.
+        up_NHD: contiguous, of any dtype, on CPU; an expert's bytes are a multiple of 4.
+        down_NFD: likewise.
+    """
+    assert _library is not None and expert_mask_TN.dtype is torch.bool and expert_mask_TN.is_contiguous()
+    tokens, num_experts = expert_mask_TN.shape
+    return _library.dsmoe_read_experts(
+        expert_mask_TN.data_ptr(), up_NHD.data_ptr(), down_NFD.data_ptr(), tokens, num_experts,
+        up_NHD.nbytes // num_experts, down_NFD.nbytes // num_experts, torch.get_num_threads(),
+    )  # fmt: skip
+
+
 def probe(device_type: str) -> None:
     """Load the library, compiling it if needed, and check its numbers against the definition.
 
@@ -141,6 +157,8 @@ def _use(library: ctypes.CDLL) -> None:
             _functions[dtype, weights] = function
     library.dsmoe_read.argtypes = [ctypes.c_void_p, ctypes.c_int64, ctypes.c_int]
     library.dsmoe_read.restype = ctypes.c_float
+    library.dsmoe_read_experts.argtypes = [ctypes.c_void_p] * 3 + [ctypes.c_int64] * 4 + [ctypes.c_int]
+    library.dsmoe_read_experts.restype = ctypes.c_float
     try:
         check.experts_against_definition(forward, DTYPES)
     except check.KernelUnavailable:

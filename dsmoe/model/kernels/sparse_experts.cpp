@@ -133,4 +133,19 @@ float dsmoe_read(const float* from, int64_t count, int threads) {
   return total;
 }
 
+// Reads the weights of all experts that a token keeps and returns a sum: the least time that cold weights allow.
+float dsmoe_read_experts(const uint8_t* mask, const void* up, const void* down, int64_t tokens, int64_t experts,
+                         int64_t up_bytes, int64_t down_bytes, int threads) {
+  float total = 0;
+#pragma omp parallel for num_threads(threads) schedule(dynamic, 1) reduction(+ : total)
+  for (int64_t e = 0; e < experts; ++e) {
+    bool kept = false;
+    for (int64_t t = 0; t < tokens; ++t) kept |= mask[t * experts + e] != 0;
+    if (!kept) continue;
+    total += dsmoe_read(reinterpret_cast<const float*>(static_cast<const char*>(up) + e * up_bytes), up_bytes / 4, 1);
+    total += dsmoe_read(reinterpret_cast<const float*>(static_cast<const char*>(down) + e * down_bytes), down_bytes / 4, 1);
+  }
+  return total;
+}
+
 }  // extern "C"
