@@ -149,7 +149,7 @@ def _measure_case(
         "k": case.k,
         "best_transformers_implementation": best,
         "transformers_notes": notes,
-        "seconds": {name: [round(value, 7) for value in values] for name, values in seconds.items()},
+        "seconds": seconds,
         "read_bytes_per_second": ceilings.get("read"),
         "gemm_flops_per_second": ceilings.get("gemm"),
     }
