@@ -322,3 +322,28 @@ def test_reading_reads_the_kept_experts(kernel):
     mask = torch.tensor([[True, False, False, False], [True, False, True, False]])
     total = float(up[[0, 2]].sum() + down[[0, 2]].sum())
     assert inference.read_experts(mask, up, down) == pytest.approx(total, rel=1e-5)
+
+
+@pytest.mark.parametrize("layout", ["out_in", "in_out"])
+def test_the_grouped_product_of_torch_is_the_loop_over_experts(monkeypatch, layout):
+    generator = torch.Generator().manual_seed(0)
+    shape = (4, 24, 16) if layout == "out_in" else (4, 16, 24)
+    counts = torch.tensor([5, 0, 3, 2])
+    found = []
+    for used in (False, True):
+        monkeypatch.setattr(grouped, "uses_grouped_mm", lambda x, weight, used=used: used)
+        generator.manual_seed(0)
+        x = torch.randn(10, 16, generator=generator).bfloat16().requires_grad_()
+        weight = torch.randn(shape, generator=generator).bfloat16().requires_grad_()
+        y = grouped.grouped_linear(x, weight, counts, layout)
+        y.backward(torch.randn(y.shape, generator=generator).bfloat16())
+        found.append((y, x.grad, weight.grad))
+    for one, other in zip(*found):
+        torch.testing.assert_close(one, other, rtol=2e-2, atol=2e-2)
+    assert not found[1][2][1].any()
+
+
+def test_the_grouped_product_is_for_half_precision_on_cuda():
+    assert not grouped.uses_grouped_mm(torch.zeros(1, 16).bfloat16(), torch.zeros(2, 16, 16))
+    with torch.device("meta"):
+        assert not grouped.uses_grouped_mm(torch.zeros(1, 16), torch.zeros(2, 16, 16))

@@ -1,7 +1,8 @@
 """The sparse expert path: only the kept (token, expert) pairs are computed.
 
 Without gradients a kernel does it in one call (see `dsmoe.model.kernels.inference`). Otherwise, and where that kernel
-can't be had, pairs are sorted by expert, so that each expert sees one contiguous block of rows. To torch.compile the
+can't be had, pairs are sorted by expert, so that each expert sees one contiguous block of rows: one grouped product of
+torch on CUDA (untested there), a loop over experts elsewhere. To torch.compile the
 layer is one opaque operation: its shapes depend on the mask's values.
 
 Shapes: T tokens, P kept pairs, N experts, D hidden size, F hidden units of one expert, H = 2F (swiglu) or F.
@@ -56,33 +57,49 @@ def _blocks(counts: Sequence[int]):
         start += count
 
 
-def grouped_linear(x_PI: Tensor, weight: Tensor, counts: Sequence[int], layout: str) -> Tensor:
+def uses_grouped_mm(x_PI: Tensor, weight: Tensor) -> bool:
+    """Whether torch's grouped product does it: half precision on CUDA, rows of whole 16 bytes, as it asks for."""
+    return (
+        x_PI.is_cuda
+        and x_PI.dtype in (torch.bfloat16, torch.float16)
+        and weight.shape[1] % 8 == 0
+        and weight.shape[2] % 8 == 0
+    )
+
+
+def grouped_linear(x_PI: Tensor, weight: Tensor, counts_N: Tensor, layout: str) -> Tensor:
     """Multiply each expert's block of rows by that expert's matrix.
 
     Args:
         x_PI: [P, I] rows, sorted by expert.
         weight: [N, O, I] (layout "out_in") or [N, I, O] (layout "in_out"); cast to the dtype of `x_PI`.
-        counts: rows of each expert; their sum is P.
+        counts_N: [N] int64, rows of each expert; their sum is P.
         layout: as above.
 
     Returns:
         [P, O] in the dtype of `x_PI`.
     """
     with torch.autocast(x_PI.device.type, enabled=False):
-        return _GroupedLinear.apply(x_PI, weight, counts, layout)
+        if uses_grouped_mm(x_PI, weight):
+            # one launch, and the host never waits for the counts
+            ends_N = counts_N.cumsum(0, dtype=torch.int32)
+            weight = weight.to(x_PI.dtype)
+            weight_NIO = weight.transpose(1, 2) if layout == "out_in" else weight
+            return torch.nn.functional.grouped_mm(x_PI, weight_NIO, offs=ends_N)
+        return _GroupedLinear.apply(x_PI, weight, counts_N.tolist(), layout)
 
 
-def kept_pairs(expert_mask_TN: Tensor) -> tuple[Tensor, Tensor, list[int]]:
+def kept_pairs(expert_mask_TN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """The kept pairs, sorted by expert.
 
     Args:
         expert_mask_TN: [T, N] bool.
 
     Returns:
-        token of each pair [P] int64, expert of each pair [P] int64, pairs of each expert (N integers).
+        token of each pair [P] int64, expert of each pair [P] int64, pairs of each expert [N] int64.
     """
     expert_P, token_P = expert_mask_TN.T.nonzero(as_tuple=True)
-    return token_P, expert_P, expert_mask_TN.sum(0).tolist()
+    return token_P, expert_P, expert_mask_TN.sum(0)
 
 
 def grouped_experts(
@@ -116,12 +133,12 @@ def _portable(
 ) -> Tensor:
     dtype = x_TD.dtype
     with torch.autocast(x_TD.device.type, enabled=False):
-        token_P, expert_P, counts = kept_pairs(expert_mask_TN)
+        token_P, expert_P, counts_N = kept_pairs(expert_mask_TN)
         x_PD = x_TD[token_P]
         gates_P = gates_TN[token_P, expert_P].to(dtype)
-        h_PH = grouped_linear(x_PD, up_NHD, counts, "out_in")
+        h_PH = grouped_linear(x_PD, up_NHD, counts_N, "out_in")
         act_PF = eager.forward(h_PH[:, None], gates_P[:, None], mlp_type)[:, 0]
-        y_PD = grouped_linear(act_PF, down_NFD, counts, "in_out")
+        y_PD = grouped_linear(act_PF, down_NFD, counts_N, "in_out")
         # sums of half-precision outputs are taken in float32, as a wide GEMM does
         total = torch.zeros(x_TD.shape, dtype=torch.promote_types(dtype, torch.float32), device=x_TD.device)
         return total.index_add(0, token_P, y_PD.to(total.dtype)).to(dtype)

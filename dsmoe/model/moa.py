@@ -126,14 +126,14 @@ class MixtureOfHeads(KeyValueAttention):
 
         Tokens of one sequence keep different heads, and attention kernels take a rectangle of heads and positions.
         """
-        token_P, expert_P, counts = kept_pairs(mask_TA)
+        token_P, expert_P, counts_A = kept_pairs(mask_TA)
         x_TD = x_BSD.flatten(0, 1)
-        q_PW = grouped_linear(x_TD[token_P].to(call.key.dtype), self.experts_q_proj, counts, "out_in")
+        q_PW = grouped_linear(x_TD[token_P].to(call.key.dtype), self.experts_q_proj, counts_A, "out_in")
         q_TAW = q_PW.new_zeros(*mask_TA.shape, q_PW.shape[-1])
         q_TAW = q_TAW.index_put((token_P, expert_P), q_PW)
         out, weights = self._attend_by_expert(q_TAW.unflatten(0, x_BSD.shape[:2]), call)
         out_PW = out.flatten(0, 1)[token_P, expert_P] * gates_TA[token_P, expert_P, None].to(out.dtype)
-        y_PD = grouped_linear(out_PW, self.experts_o_proj, counts, "in_out")
+        y_PD = grouped_linear(out_PW, self.experts_o_proj, counts_A, "in_out")
         total = torch.zeros_like(x_TD, dtype=torch.promote_types(y_PD.dtype, torch.float32))
         return total.index_add(0, token_P, y_PD.to(total.dtype)).to(y_PD.dtype).view_as(x_BSD), weights
 
