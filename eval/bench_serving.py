@@ -1,0 +1,9 @@
+"""Throughput and memory of served models in several engines; `--help` says how."""
+
+import sys
+
+from dsmoe.bench.serving_command import main
+from dsmoe.records import write_record
+
+if __name__ == "__main__":
+    sys.exit(main(write_record))
