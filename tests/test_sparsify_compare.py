@@ -1,13 +1,17 @@
 """Distances from a reference against the full logits; clusters; parts of a model; families against counting."""
 
+import json
 import math
 
 import numpy as np
 import pytest
 import torch
 
-from dsmoe.model import use_routing
+from dsmoe import cli
+from dsmoe.data.corpus import TokenCorpus
+from dsmoe.model import model_inputs, use_routing
 from dsmoe.sparsify import compare
+from dsmoe.sparsify.calibration import sample_corpus
 from dsmoe.sparsify.compare import Comparer, clustered_error, clusters, expected_increase, reference_policies
 from dsmoe.sparsify.damage import measure_variants
 from dsmoe.sparsify.families import ALLOCATED, GLOBAL, Level, global_policy, knob_for, levels
@@ -191,3 +195,27 @@ def test_output_norms_are_those_of_each_expert(tiny_model, gates):
         expected = [float(n.mean()) for n in norms]
     mean = sum(expected) / 4
     assert found[1] == pytest.approx([norm / mean for norm in expected], abs=2e-3)
+
+
+def test_documents_that_batches_name_are_the_clusters(tmp_path):
+    generator = np.random.default_rng(0)
+    texts = [" ".join(generator.choice(["a", "bb", "ccc", "dd"], size=size)) for size in [400] + 30 * [40]]
+    (tmp_path / "text.jsonl").write_text("\n".join(json.dumps({"text": text}) for text in texts))
+    prepare = ["data", "prepare", "--source", f"words={tmp_path / 'text.jsonl'}", "--train-tokenizer", "300"]
+    assert cli.main([*prepare, "--validation-fraction", "0.4", "--output", str(tmp_path / "data")]) == 0
+    corpus = TokenCorpus(tmp_path / "data")
+    split = "train" if corpus.num_documents("train") > 12 else "validation"
+    text = sample_corpus(corpus, split, 10**6, 8, 4, seed=0)
+    stream = corpus.stream("words", split).read(0, len(corpus.stream("words", split)))
+    # the eos token belongs to the document that it ends
+    whole = np.concatenate([[0], (stream == corpus.eos_token_id).cumsum()[:-1]])
+    found = {}
+    for batch in text.batches:
+        for labels, ids in zip(batch["shift_labels"].tolist(), batch["documents"].tolist()):
+            found[tuple(labels)] = ids
+    for start in range(1, len(stream) - 7, 8):
+        assert found[tuple(stream[start : start + 8])] == whole[start : start + 8].tolist()
+    assert clusters(text.batches, corpus.eos_token_id)[0] is text.batches[0]["documents"]
+    assert "documents" not in model_inputs(text.batches[0])
+    few = [{**batch, "documents": batch["documents"] // 100} for batch in text.batches]
+    assert clusters(few, corpus.eos_token_id)[0] is not few[0]["documents"]

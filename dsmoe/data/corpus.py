@@ -52,6 +52,12 @@ class TokenStream:
             shard += 1
         return out
 
+    def positions_of(self, token: int) -> np.ndarray:
+        """Where a token stands, ascending (int64)."""
+        starts = [0, *self._ends[:-1]]
+        found = [np.flatnonzero(part == token) + start for part, start in zip(self._maps, starts)]
+        return np.concatenate(found) if found else np.empty(0, dtype=np.int64)
+
 
 class TokenCorpus:
     """A prepared corpus: its description and its memory-mapped tokens.

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from dsmoe.data.corpus import TokenCorpus, TokenStream
+from dsmoe.data.corpus import TokenCorpus
 from dsmoe.data.documents import read_texts
 from dsmoe.data.windows import text_batches
 from dsmoe.errors import UserError
@@ -27,7 +27,8 @@ class CalibrationText:
     """Batches to calibrate on, and what they are.
 
     Attributes:
-        batches: as of `dsmoe.data.windows.evaluation_batches`.
+        batches: as of `dsmoe.data.windows.evaluation_batches`; those of a token folder also hold `documents` [B, S], the
+            number of the document that each label belongs to.
         description: JSON-able: origin, split, seed, tokens, and `fingerprint`, a SHA-256 of the token ids.
     """
 
@@ -52,15 +53,20 @@ def sample_corpus(
         UserError: no such split, or one that is shorter than a window.
     """
     total = corpus.num_tokens(split)
-    places: list[tuple[TokenStream, np.ndarray]] = []
-    for name in corpus.source_names:
+    rows: list[tuple[np.ndarray, np.ndarray]] = []
+    num_documents = 0
+    for place, name in enumerate(corpus.source_names):
         stream = corpus.stream(name, split)
         # the token before a window's first label is its first input
         starts = np.arange(1, len(stream) - sequence_length + 1, sequence_length)
         wanted = min(len(starts), -(-num_tokens * len(stream) // (total * sequence_length)))
-        draws = np.random.default_rng([seed, len(places)])
-        places.append((stream, np.sort(draws.choice(starts, size=wanted, replace=False))))
-    rows = [stream.read(start - 1, start + sequence_length) for stream, starts in places for start in starts]
+        draws = np.random.default_rng([seed, place])
+        chosen = np.sort(draws.choice(starts, size=wanted, replace=False))
+        ends = stream.positions_of(corpus.eos_token_id)  # the eos token belongs to the document that it ends
+        for start in chosen:
+            documents = np.searchsorted(ends, np.arange(start, start + sequence_length)) + num_documents
+            rows.append((stream.read(start - 1, start + sequence_length), documents))
+        num_documents += len(ends) + 1
     if not rows:
         raise UserError(f"{corpus.folder}: split {split!r} has no window of {sequence_length} tokens")
     # shuffled, so that the first batches are a sample of all sources too
@@ -69,12 +75,13 @@ def sample_corpus(
     return _described(batches, {"corpus": corpus.fingerprint, "split": split, "seed": seed})
 
 
-def _batch(rows: Sequence[np.ndarray]) -> dict[str, Tensor]:
-    tokens = torch.from_numpy(np.stack(rows))
+def _batch(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
+    tokens, documents = (torch.from_numpy(np.stack(column)) for column in zip(*rows))
     return {
         "input_ids": tokens[:, :-1].contiguous(),
         "shift_labels": tokens[:, 1:].contiguous(),
         "attention_mask": torch.ones_like(tokens[:, 1:]),
+        "documents": documents,
     }
 
 

@@ -22,6 +22,7 @@ Policies = dict[str, list[Policy]]
 
 _CHUNK_ENTRIES = 1 << 23  # float32 copies of log-probabilities stay below 32 MiB
 _LONG_DOCUMENT = 4  # windows
+_FEWEST_DOCUMENTS = 10
 
 
 def reference_policies(model: DSMoEForCausalLM) -> Policies:
@@ -92,11 +93,18 @@ def expected_increase(kl: float, increase: float, standard_error: float) -> floa
 
 
 def clusters(batches: Sequence[dict[str, Tensor]], eos_token_id: int | None) -> list[Tensor]:
-    """Cluster of each token, [B, S] int64 per batch: its document, or its window where the document is long.
+    """Cluster of each token, [B, S] int64 per batch: its document.
 
-    A document begins where eos is an input, and may go on in the next window of the stream. One that fills more than
-    four windows (a book) counts window by window: few huge clusters would say nothing about their spread.
+    Batches that say which (`documents`) are taken at their word, if they have ten documents at least. In others a
+    document begins where eos is an input, and may go on in the next window of the stream; one that fills more than four
+    windows (a book) counts window by window, since few huge clusters say nothing about their spread.
     """
+    known = [batch["documents"] for batch in batches if "documents" in batch]
+    if (
+        len(known) == len(batches)
+        and len(torch.cat([ids.flatten() for ids in known]).unique()) >= _FEWEST_DOCUMENTS
+    ):
+        return known
     documents, count, longest = [], 0, 0
     last: int | None = None
     for batch in batches:
