@@ -194,7 +194,7 @@ def test_no_engine(folder, monkeypatch, capsys):
     monkeypatch.setattr(engines.importlib.util, "find_spec", lambda name: None)
     assert serve(folder) == 2
     error = capsys.readouterr().err
-    assert "pip install 'dsmoe[serve]'" in error and "pip install 'transformers[serving]'" in error
+    assert "pip install 'vllm>=0.32'" in error and "pip install 'transformers[serving]'" in error
     for name in engines.NAMES:
         with pytest.raises(UserError, match="is not installed"):
             engines.choose_engine(name)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dsmoe.bench.contestants import DTYPES
-from dsmoe.bench.output import add_arguments, give, results_of
+from dsmoe.bench.output import benchmark_parser, give, results_of
 from dsmoe.bench.tables import growth_plot, result_table
 from dsmoe.bench.timing import checked_threads, threads_in_use
 from dsmoe.bench.training import (
@@ -118,17 +118,14 @@ def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -
         write_record: `dsmoe.records.write_record`, which is above this package.
         argv: the command line; None: that of the process.
     """
-    parser = argparse.ArgumentParser(
-        prog="python eval/bench_training.py",
-        description=(
+    parser = benchmark_parser(
+        "bench_training.py",
+        (
             "Time and memory of dense training: expert layers, mixtures of attention heads and whole models, "
             "against dense ones and transformers' experts, interleaved, on pinned threads."
         ),
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        EXAMPLES,
     )
-    add_arguments(parser)
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw how the cost grows")
     parser.add_argument("--rounds", type=int, metavar="R", help="timed rounds of each case (default: 15)")
     parser.add_argument("--quick", action="store_true", help="tiny sizes and 2 rounds, to see that it works")

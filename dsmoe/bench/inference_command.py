@@ -12,7 +12,7 @@ from dsmoe.bench.inference import FULL, QUICK, InferencePlan, measure_layer
 from dsmoe.bench.inference_contestants import DTYPES
 from dsmoe.bench.inference_model import measure_model, model_summary
 from dsmoe.bench.inference_tables import result_table
-from dsmoe.bench.output import add_arguments, give, results_of
+from dsmoe.bench.output import benchmark_parser, give, results_of
 from dsmoe.bench.timing import checked_threads, threads_in_use
 from dsmoe.environment import describe
 from dsmoe.errors import UserError, run_reporting_errors
@@ -102,19 +102,16 @@ def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -
         write_record: `dsmoe.records.write_record`, which is above this package.
         argv: arguments; None: those of the process.
     """
-    parser = argparse.ArgumentParser(
-        prog="python eval/bench_inference.py",
-        description=(
+    parser = benchmark_parser(
+        "bench_inference.py",
+        (
             "Time of expert layers in inference: kept experts (top-K and threshold) against all experts, a dense "
             "layer and transformers' experts, interleaved, on pinned threads, with cold weights in decoding. Then a "
             "whole model of 158M parameters: decoding with 8 of 32 experts against its dense twin in the same loop, "
             "and against transformers' generate."
         ),
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
+        EXAMPLES,
     )
-    add_arguments(parser)
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="of decode, prefill, model")
     parser.add_argument(
         "--rounds",

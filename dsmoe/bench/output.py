@@ -18,8 +18,22 @@ Advance = Callable[[str], Any]
 Results = dict[str, Any]
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options that every benchmark has."""
+def benchmark_parser(script: str, description: str, epilog: str) -> argparse.ArgumentParser:
+    """A parser with the options that every benchmark has; one that is added again takes the place of the first.
+
+    Args:
+        script: file name under eval/.
+        description: what is measured.
+        epilog: examples.
+    """
+    parser = argparse.ArgumentParser(
+        prog=f"python eval/{script}",
+        description=description,
+        epilog=epilog,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+        conflict_handler="resolve",
+    )
     parser.add_argument(
         "--json", metavar="FILE", help="also write the results as JSON; - prints JSON instead of the table"
     )
@@ -35,13 +49,14 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--threads", type=int, nargs="+", default=list(range(1, min(2, usable_cores()) + 1)), metavar="N",
         help="numbers of threads, measured one after the other (default: 1 and, with two cores, 2)",
     )  # fmt: skip
+    return parser
 
 
 def results_of(args: argparse.Namespace, measure: Callable[[Advance], Results]) -> Results:
     """Measured with a progress bar, or read with `--results`.
 
     Args:
-        args: of `add_arguments`.
+        args: of `benchmark_parser`.
         measure: given what to call with the name of the case after each timed step.
 
     Raises:
@@ -89,7 +104,7 @@ def give(
     """Write JSON and record where asked for, and print.
 
     Args:
-        args: of `add_arguments`.
+        args: of `benchmark_parser`.
         results: of `results_of`.
         table: for people.
         write_record: `dsmoe.records.write_record`, which is above this package.

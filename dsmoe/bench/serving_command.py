@@ -14,7 +14,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsmoe.bench.output import add_arguments, results_of
+from dsmoe.bench.output import benchmark_parser, results_of
 from dsmoe.bench.serving_engines import ENGINES
 from dsmoe.bench.serving_extra import extra_form, kind_of, parse_extras
 from dsmoe.bench.serving_models import DTYPES, FULL_SHAPE, KINDS, QUICK_SHAPE, form_of, native_folder
@@ -245,20 +245,16 @@ def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -
         write_record: `dsmoe.records.write_record`, which is above this package.
         argv: arguments; None: those of the process.
     """
-    parser = argparse.ArgumentParser(
-        prog="python eval/bench_serving.py",
-        description=(
+    parser = benchmark_parser(
+        "bench_serving.py",
+        (
             "Throughput, latency and memory of a DS-MoE, its dense twin and an SMoE with 2.5 times the parameters, with "
             "random weights, in vLLM, llama.cpp, transformers and the own loop. All get the same memory for weights and "
             "cache. Each runs in a process of its own; within an engine they take turns. An engine that is missing or "
             "fails gives rows with an error."
         ),
-        epilog=EXAMPLES,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-        conflict_handler="resolve",  # --threads is one number here
+        EXAMPLES,
     )
-    add_arguments(parser)
     _add_own_arguments(parser)
     words = sys.argv[1:] if argv is None else list(argv)
     return run_reporting_errors(lambda: run(parser.parse_args(words), write_record, words))

@@ -18,7 +18,7 @@ ENGINES = {
 }
 NEEDS = {"vllm": "vllm", "llamacpp": "llama_cpp", "transformers": "transformers", "own": "torch"}
 INSTALL = {
-    "vllm": "pip install 'dsmoe[serve]'",
+    "vllm": "pip install 'vllm>=0.32'",
     "llamacpp": "pip install llama-cpp-python",
     "transformers": "pip install transformers",
     "own": "pip install dsmoe",

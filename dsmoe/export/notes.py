@@ -25,7 +25,10 @@ def notes_of(config: DSMoEConfig, target: str, dtype: torch.dtype, untie: bool) 
         untie: whether the output projection is stored in any case.
     """
     if target == "dsmoe":
-        return ["loads where the dsmoe package is installed; vLLM finds it by the plugin, other stock tools need trust_remote_code"]
+        return [
+            "loads where the dsmoe package is installed; vLLM finds it by the plugin, other stock tools need "
+            "trust_remote_code"
+        ]
     notes = []
     if config.num_experts > 1 and uniform_top_k(config, target) == config.num_experts:
         notes.append(

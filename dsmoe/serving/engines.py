@@ -17,7 +17,7 @@ from dsmoe.errors import UserError
 
 NAMES = ("vllm", "transformers")
 INSTALL = {
-    "vllm": "pip install 'dsmoe[serve]'",
+    "vllm": "pip install 'vllm>=0.32'",
     "transformers": "pip install 'transformers[serving]'",
 }
 _SERVER_PACKAGES = ("fastapi", "uvicorn", "openai", "pydantic")
