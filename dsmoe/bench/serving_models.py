@@ -30,6 +30,7 @@ import torch
 
 from dsmoe import __version__
 from dsmoe.accounting import count_parameters, kv_cache_bytes, total_parameters
+from dsmoe.bench.inference_model import FULL_MODEL
 from dsmoe.checkpoint.pretrained import save_pretrained
 from dsmoe.config import DSMoEConfig
 from dsmoe.errors import UserError
@@ -64,16 +65,7 @@ _COMMON = {"qk_norm": "none", "gate_normalization": "softmax", "router_initializ
 FULL_SHAPE = Shape(
     num_experts=16,
     k=4,
-    sizes={
-        "vocab_size": 32768,
-        "hidden_size": 768,
-        "intermediate_size": 4096,
-        "num_hidden_layers": 12,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 4,
-        "max_position_embeddings": 4096,
-        **_COMMON,
-    },
+    sizes={**FULL_MODEL.sizes, "max_position_embeddings": 4096, **_COMMON},
 )
 QUICK_SHAPE = Shape(
     num_experts=4,
