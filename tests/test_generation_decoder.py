@@ -134,6 +134,16 @@ def test_left_padding(tiny_model, name, kind):
     assert error(decoded(Decoder(model, 14, 4, kind), ids, 8, mask), expected) < 1e-4
 
 
+@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("heads", [1, 2, 3, 5, 8])
+def test_long_contexts_and_shared_keys(tiny_model, dtype, bound, heads):
+    """More slots than a vector has lanes, an odd number of them, and each number of heads that share their keys."""
+    sizes = {"num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": 144, "max_position_embeddings": 64}
+    model, ids = tiny_model(dtype=dtype, kind="dense", num_experts=1, **sizes), prompts(2, 40)
+    actual = decoded(Decoder(model, 40, 2, "cpp"), ids, 34)
+    assert error(actual, expected_logits(model.double(), ids, 34)) < bound
+
+
 def test_many_sequences_and_threads(tiny_model):
     """More sequences than are computed together, and a work that is split."""
     model, ids = tiny_model(dtype=torch.float32, **MODELS["moa_sparse"]), prompts(19, 9)

@@ -12,6 +12,7 @@ from transformers.cache_utils import DynamicLayer
 
 from dsmoe.config import DSMoEConfig
 from dsmoe.errors import UserError
+from dsmoe.model.kernels.huge_pages import use_huge_pages
 
 
 class PreallocatedLayer(DynamicLayer):
@@ -94,12 +95,12 @@ class PreallocatedCache(Cache):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (batch_size, config.num_key_value_heads, max_length, config.head_dim)
-        layers: list[Any] = [
-            # no zeros: only filled slots are read, and unused pages then take no memory
-            PreallocatedLayer(*(torch.empty(shape, dtype=dtype, device=device) for _ in range(2)))
-            for _ in range(config.num_hidden_layers)
-        ]
+        shape = (config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        # no zeros: only filled slots are read, and unused pages then take no memory
+        slots = torch.empty(shape, dtype=dtype, device=device)
+        if slots.device.type == "cpu":
+            use_huge_pages(slots)
+        layers: list[Any] = [PreallocatedLayer(keys, values) for keys, values in slots]
         super().__init__(layers=layers)
 
     @property

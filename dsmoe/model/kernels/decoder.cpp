@@ -254,11 +254,18 @@ inline int64_t keep_above(const float* scores, const Routing& routing, uint8_t* 
   return kept;
 }
 
-inline void to_probabilities(float* p, int64_t count) {
-  const float highest = *std::max_element(p, p + count);
-  float total = 0;
+// exp(p - the largest), in place; returns the sum.
+inline float exponentials(float* p, int64_t count) {
+  float highest = p[0], total = 0;
+#pragma omp simd reduction(max : highest)
+  for (int64_t i = 0; i < count; ++i) highest = p[i] > highest ? p[i] : highest;
 #pragma omp simd reduction(+ : total)
   for (int64_t i = 0; i < count; ++i) total += p[i] = exp_(p[i] - highest);
+  return total;
+}
+
+inline void to_probabilities(float* p, int64_t count) {
+  const float total = exponentials(p, count);
   for (int64_t i = 0; i < count; ++i) p[i] /= total;
 }
 
@@ -355,45 +362,145 @@ void prepare_head(const Model& model, const float* from, const Type* weight, int
   }
 }
 
-// out[g] = softmax(q[g] keys^T) values over slots [first, last).
-template <typename Type>
-void attend(const float* q, int64_t heads, const Type* keys, const Type* values, int64_t first, int64_t last,
-            int64_t size, float* scores, float* const* out) {
-  const int64_t length = last - first;
-  for (int64_t s = 0; s < length; ++s) {
-    const Type* key = keys + (first + s) * size;
-    for (int64_t g = 0; g < heads; ++g) {
-      const float* query = q + g * size;
-      vec sums = {};
-      int64_t i = 0;
-      for (; i + LANES <= size; i += LANES) sums += widen(key + i) * load_vec(query + i);
-      float total = sum(sums);
-      for (; i < size; ++i) total += load(key[i]) * query[i];
-      scores[g * length + s] = total;
+// scores[g][s] = q[g] . keys[s] of G heads that share their keys, so that each key is read once.
+template <typename Op, int G>
+void scores_of(const typename Op::Input* q, const typename Op::Weight* keys, int64_t length, int64_t size, float* scores) {
+  constexpr int K = 4;  // keys at a time
+  const int64_t whole = size / Op::CHUNK * Op::CHUNK;
+  vec parts[G][LANES] = {};
+  for (int64_t block = 0; block < length; block += LANES) {
+    const int64_t count = std::min<int64_t>(LANES, length - block);
+    for (int64_t s = 0; s < count; s += K) {
+      const typename Op::Weight* key[K];
+      for (int j = 0; j < K; ++j) key[j] = keys + std::min(block + s + j, length - 1) * size;
+      vec sums[K][G] = {};
+      for (int64_t i = 0; i < whole; i += Op::CHUNK)
+        for (int j = 0; j < K; ++j) {
+          const vec k = Op::load_weight(key[j] + i);
+          for (int g = 0; g < G; ++g) sums[j][g] = Op::madd(sums[j][g], k, Op::load_input(q + g * size + i));
+        }
+      for (int j = 0; j < K; ++j)
+        for (int g = 0; g < G; ++g) parts[g][s + j] = sums[j][g];
+    }
+    for (int g = 0; g < G; ++g) {
+      float totals[LANES];
+      store_vec(totals, sums_of(parts[g]));
+      for (int64_t s = 0; s < count; ++s) {
+        for (int64_t i = whole; i < size; ++i) totals[s] += load(keys[(block + s) * size + i]) * load(q[g * size + i]);
+        scores[g * length + block + s] = totals[s];
+      }
     }
   }
-  for (int64_t g = 0; g < heads; ++g) {
-    float* weights = scores + g * length;
-    to_probabilities(weights, length);
-    constexpr int V = 4;
-    int64_t i = 0;
-    for (; i + V * LANES <= size; i += V * LANES) {
-      vec sums[V] = {};
-      for (int64_t s = 0; s < length; ++s) {
-        const Type* value = values + (first + s) * size + i;
-        for (int v = 0; v < V; ++v) sums[v] += widen(value + v * LANES) * weights[s];
+}
+
+// out[g] = factors[g] * sum over s of weights[g][s] values[s], for numbers [i, i + V * LANES) of a head.
+template <typename Type, int G, int V>
+void some_values(const float* weights, const Type* values, int64_t length, int64_t size, int64_t i, const float* factors,
+                 float* const* out) {
+  vec sums[G][V] = {};
+  for (int64_t s = 0; s < length; ++s)
+    for (int v = 0; v < V; ++v) {
+      const vec value = widen(values + s * size + i + v * LANES);
+      for (int g = 0; g < G; ++g) sums[g][v] += value * weights[g * length + s];
+    }
+  for (int g = 0; g < G; ++g)
+    for (int v = 0; v < V; ++v) store_vec(out[g] + i + v * LANES, sums[g][v] * factors[g]);
+}
+
+// The numbers of a head that have a faster way; returns where the others begin.
+template <int G>
+int64_t first_values(const float*, const float*, int64_t, int64_t, const float*, float* const*) {
+  return 0;
+}
+
+#if defined(DSMOE_DOT)
+// 64 numbers of a head, two slots at a time.
+template <int G>
+void values_in_pairs(const bfloat16* weights, const bfloat16* values, int64_t length, int64_t size, int64_t i,
+                     const float* factors, float* const* out) {
+  constexpr int V = 2;
+  vec sums[G][V][2] = {};
+  for (int64_t s = 0; s < length; s += 2) {
+    const bfloat16* value = values + s * size + i;
+    for (int v = 0; v < V; ++v) {
+      const __m512i a = _mm512_loadu_si512(value + v * 32);
+      const __m512i b = s + 1 < length ? _mm512_loadu_si512(value + size + v * 32) : _mm512_setzero_si512();
+      const vec low = reinterpret_cast<vec>(_mm512_unpacklo_epi16(a, b));
+      const vec high = reinterpret_cast<vec>(_mm512_unpackhi_epi16(a, b));
+      for (int g = 0; g < G; ++g) {
+        float pair;
+        std::memcpy(&pair, weights + g * (length + 1) + s, sizeof pair);
+        const vec weight = broadcast(pair);
+        sums[g][v][0] = Bfloat16::madd(sums[g][v][0], low, weight);
+        sums[g][v][1] = Bfloat16::madd(sums[g][v][1], high, weight);
       }
-      for (int v = 0; v < V; ++v) store_vec(out[g] + i + v * LANES, sums[v]);
     }
-    for (; i + LANES <= size; i += LANES) {
-      vec sums = {};
-      for (int64_t s = 0; s < length; ++s) sums += widen(values + (first + s) * size + i) * weights[s];
-      store_vec(out[g] + i, sums);
-    }
-    for (; i < size; ++i) {
+  }
+  for (int g = 0; g < G; ++g)
+    for (int v = 0; v < V; ++v)
+      for (int half = 0; half < 2; ++half) {
+        float lanes[LANES];  // four numbers of each eight
+        store_vec(lanes, sums[g][v][half] * factors[g]);
+        for (int lane = 0; lane < LANES; ++lane) out[g][i + v * 32 + lane / 4 * 8 + half * 4 + lane % 4] = lanes[lane];
+      }
+}
+
+// Weights are rounded to bfloat16, as torch does before this product.
+template <int G>
+int64_t first_values(const float* weights, const bfloat16* values, int64_t length, int64_t size, const float* factors,
+                     float* const* out) {
+  static thread_local Scratch<bfloat16> memory;
+  bfloat16* rounded = memory.get(G * (length + 1));
+  for (int g = 0; g < G; ++g) {
+    bfloat16* row = rounded + g * (length + 1);
+#pragma omp simd
+    for (int64_t s = 0; s < length; ++s) store(row[s], weights[g * length + s]);
+    row[length] = bfloat16{0};
+  }
+  int64_t i = 0;
+  for (; i + 64 <= size; i += 64) values_in_pairs<G>(rounded, values, length, size, i, factors, out);
+  return i;
+}
+#else
+template <int G>
+int64_t first_values(const float*, const bfloat16*, int64_t, int64_t, const float*, float* const*) {
+  return 0;
+}
+#endif
+
+// out[g] = softmax(q[g] keys^T) values, for G heads. `scores` is memory for [G, length].
+template <typename Op, int G>
+void attend_together(const typename Op::Input* q, const typename Op::Weight* keys, const typename Op::Weight* values,
+                     int64_t length, int64_t size, float* scores, float* const* out) {
+  scores_of<Op, G>(q, keys, length, size, scores);
+  float factors[G];
+  for (int g = 0; g < G; ++g) factors[g] = 1.0f / exponentials(scores + g * length, length);
+  typedef typename Op::Weight Type;
+  int64_t i = first_values<G>(scores, values, length, size, factors, out);
+  for (; i + 4 * LANES <= size; i += 4 * LANES) some_values<Type, G, 4>(scores, values, length, size, i, factors, out);
+  for (; i + LANES <= size; i += LANES) some_values<Type, G, 1>(scores, values, length, size, i, factors, out);
+  for (; i < size; ++i)
+    for (int g = 0; g < G; ++g) {
       float total = 0;
-      for (int64_t s = 0; s < length; ++s) total += load(values[(first + s) * size + i]) * weights[s];
-      out[g][i] = total;
+      for (int64_t s = 0; s < length; ++s) total += load(values[s * size + i]) * scores[g * length + s];
+      out[g][i] = total * factors[g];
+    }
+}
+
+// The heads of one KV head over slots [first, last).
+template <typename Op>
+void attend(const typename Op::Input* q, int64_t heads, const typename Op::Weight* keys,
+            const typename Op::Weight* values, int64_t first, int64_t last, int64_t size, float* scores,
+            float* const* out) {
+  const int64_t length = last - first;
+  keys += first * size, values += first * size;
+  for (int64_t g = 0; g < heads; g += 4) {
+    const typename Op::Input* some = q + g * size;
+    switch (std::min<int64_t>(4, heads - g)) {
+      case 1: attend_together<Op, 1>(some, keys, values, length, size, scores, out + g); break;
+      case 2: attend_together<Op, 2>(some, keys, values, length, size, scores, out + g); break;
+      case 3: attend_together<Op, 3>(some, keys, values, length, size, scores, out + g); break;
+      default: attend_together<Op, 4>(some, keys, values, length, size, scores, out + g); break;
     }
   }
 }
@@ -512,8 +619,8 @@ class Worker {
     const int64_t offset = (b * model_.kv_heads + kv) * model_.slots * size;
     Weight* keys = static_cast<Weight*>(layer.keys) + offset;
     Weight* values = static_cast<Weight*>(layer.values) + offset;
-    float* work = work_.get(size + groups * (size + length));
-    float* queries = work + size;
+    float* work = work_.get(size + groups * length);
+    typename Op::Input* queries = queries_.get(groups * size);
     const Weight* q_norm = static_cast<const Weight*>(layer.q_norm);
     const Weight* k_norm = static_cast<const Weight*>(layer.k_norm);
     const bool full = model_.qk_norm == 1;
@@ -532,10 +639,11 @@ class Worker {
     for (int64_t g = 0; g < groups; ++g) {
       if (layer.attention.experts && (g >= layer.attention.stored || !keeps(layer.attention, b, g))) continue;
       const int64_t at = head_at(layer, kv, g);
-      head(q + at, q_norm, at, q_factor, position, 1.0f / std::sqrt(static_cast<float>(size)), queries + heads * size);
+      head(q + at, q_norm, at, q_factor, position, 1.0f / std::sqrt(static_cast<float>(size)), work);
+      for (int64_t i = 0; i < size; ++i) store(queries[heads * size + i], work[i]);
       out[heads++] = call_.attended + b * width + at;
     }
-    attend<Weight>(queries, heads, keys, values, start, call_.slot + 1, size, queries + groups * size, out);
+    attend<Op>(queries, heads, keys, values, start, call_.slot + 1, size, work + size, out);
   }
 
   // One head, normalised as the model does it, rotated and scaled. `at`: where it stands among all.
@@ -641,6 +749,7 @@ class Worker {
   static thread_local Inputs<Op> input_;
   static thread_local Kept_experts kept_;
   static thread_local Scratch<float> work_, head_;
+  static thread_local Scratch<typename Op::Input> queries_;
   static thread_local Scratch<float*> out_;
   static thread_local Scratch<int64_t> tokens_;
   static thread_local Scratch<const typename Op::Input*> rows_;
@@ -650,6 +759,7 @@ template <typename Op> thread_local Inputs<Op> Worker<Op>::input_;
 template <typename Op> thread_local Kept_experts Worker<Op>::kept_;
 template <typename Op> thread_local Scratch<float> Worker<Op>::work_;
 template <typename Op> thread_local Scratch<float> Worker<Op>::head_;
+template <typename Op> thread_local Scratch<typename Op::Input> Worker<Op>::queries_;
 template <typename Op> thread_local Scratch<float*> Worker<Op>::out_;
 template <typename Op> thread_local Scratch<int64_t> Worker<Op>::tokens_;
 template <typename Op> thread_local Scratch<const typename Op::Input*> Worker<Op>::rows_;

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cstdlib>
 #include <new>
 
@@ -72,6 +73,39 @@ inline float sum(vec v) {
   float total = 0;
   for (int i = 0; i < LANES; ++i) total += v[i];
   return total;
+#endif
+}
+
+#if defined(__AVX512F__)
+// Lane i of the result sums half of block i of `a`, the other lanes of `b`: one level of `sums_of`, for blocks of 2 * G lanes.
+template <int G>
+inline vec add_halves(vec a, vec b) {
+  alignas(64) static constexpr auto low = [] {
+    std::array<int32_t, LANES> index{};
+    for (int lane = 0; lane < LANES; ++lane)
+      index[lane] = lane / (2 * G) * (2 * G) + lane % G + (lane % (2 * G) < G ? 0 : LANES);
+    return index;
+  }();
+  const __m512i first = _mm512_load_si512(low.data());
+  const __m512i second = _mm512_add_epi32(first, _mm512_set1_epi32(G));
+  const __m512 x = reinterpret_cast<__m512>(a), y = reinterpret_cast<__m512>(b);
+  return reinterpret_cast<vec>(_mm512_permutex2var_ps(x, first, y)) +
+         reinterpret_cast<vec>(_mm512_permutex2var_ps(x, second, y));
+}
+#endif
+
+// Lane i: the sum of vector i of LANES many.
+inline vec sums_of(const vec* v) {
+#if defined(__AVX512F__)
+  vec w[8];
+  for (int i = 0; i < 8; ++i) w[i] = add_halves<8>(v[i], v[i + 8]);
+  for (int i = 0; i < 4; ++i) w[i] = add_halves<4>(w[i], w[i + 4]);
+  for (int i = 0; i < 2; ++i) w[i] = add_halves<2>(w[i], w[i + 2]);
+  return add_halves<1>(w[0], w[1]);
+#else
+  vec sums;
+  for (int i = 0; i < LANES; ++i) sums[i] = sum(v[i]);
+  return sums;
 #endif
 }
 
