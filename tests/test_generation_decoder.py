@@ -125,6 +125,23 @@ def test_bfloat16_is_near_the_same_weights_in_float64(tiny_model, overrides):
 
 
 @pytest.mark.parametrize("name", ["dense", "top_k", "moa_sparse", "threshold_top_k_of_batch"])
+@pytest.mark.parametrize("padding", [0, 3])
+def test_long_prompts_in_parts(tiny_model, name, padding, monkeypatch):
+    """More prompt tokens than are computed at a time: rows in parts, but for a policy by which rows depend on each other."""
+    model, ids = tiny_model(dtype=torch.float64, **MODELS[name]), prompts(5, 12)
+    mask = torch.ones(5, 8, dtype=torch.int64)
+    mask[1, :padding] = 0
+    expected = expected_logits(model, ids, 8, mask)
+    calls = []
+    model.register_forward_pre_hook(
+        lambda module, args, kwargs: calls.append(len(kwargs["input_ids"])), with_kwargs=True
+    )
+    monkeypatch.setattr("dsmoe.model.generation.decoder.PREFILL_TOKENS", 17)
+    assert error(decoded(Decoder(model, 12, 5), ids, 8, mask), expected) < 1e-6  # logits are float32
+    assert calls[:3] == ([5, 5, 5] if name == "threshold_top_k_of_batch" else [2, 2, 1])
+
+
+@pytest.mark.parametrize("name", ["dense", "top_k", "moa_sparse", "threshold_top_k_of_batch"])
 @pytest.mark.parametrize("kind", ["cpp", "torch"])
 def test_left_padding(tiny_model, name, kind):
     model, ids = tiny_model(dtype=torch.float32, **MODELS[name]), prompts(4, 14)
@@ -134,11 +151,18 @@ def test_left_padding(tiny_model, name, kind):
     assert error(decoded(Decoder(model, 14, 4, kind), ids, 8, mask), expected) < 1e-4
 
 
-@pytest.mark.parametrize("dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(
+    "dtype, bound", [(torch.float32, 1e-4), (torch.bfloat16, 3e-2)], ids=["float32", "bfloat16"]
+)
 @pytest.mark.parametrize("heads", [1, 2, 3, 5, 8])
 def test_long_contexts_and_shared_keys(tiny_model, dtype, bound, heads):
     """More slots than a vector has lanes, an odd number of them, and each number of heads that share their keys."""
-    sizes = {"num_attention_heads": heads, "num_key_value_heads": 1, "head_dim": 144, "max_position_embeddings": 64}
+    sizes = {
+        "num_attention_heads": heads,
+        "num_key_value_heads": 1,
+        "head_dim": 144,
+        "max_position_embeddings": 64,
+    }
     model, ids = tiny_model(dtype=dtype, kind="dense", num_experts=1, **sizes), prompts(2, 40)
     actual = decoded(Decoder(model, 40, 2, "cpp"), ids, 34)
     assert error(actual, expected_logits(model.double(), ids, 34)) < bound

@@ -92,6 +92,15 @@ def test_sampling_is_seeded(model):
     assert torch.equal(generate(model, ids, 8, temperature=1.0, top_k=1, seed=3), generate(model, ids, 8))
 
 
+def test_draws_follow_the_probabilities():
+    logits = torch.tensor([0.0, -torch.inf, 2.0, -torch.inf, 1.0, -torch.inf]).expand(40_000, -1)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.bincount(Sampling(1.0).choose(logits, generator), minlength=6) / len(logits)
+    expected = logits[0].softmax(-1)
+    assert not drawn[[1, 3, 5]].any()
+    assert ((drawn - expected).abs() <= 4 * (expected * (1 - expected) / len(logits)).sqrt()).all()
+
+
 def test_probabilities():
     logits = torch.tensor([[2.0, 1.0, 0.0, -1.0], [0.0, 0.0, 3.0, 0.0]])
     probs = (logits / 0.5).softmax(-1)

@@ -95,7 +95,14 @@ class PreallocatedCache(Cache):
         dtype: torch.dtype,
         device: torch.device | str = "cpu",
     ) -> None:
-        shape = (config.num_hidden_layers, 2, batch_size, config.num_key_value_heads, max_length, config.head_dim)
+        shape = (
+            config.num_hidden_layers,
+            2,
+            batch_size,
+            config.num_key_value_heads,
+            max_length,
+            config.head_dim,
+        )
         # no zeros: only filled slots are read, and unused pages then take no memory
         slots = torch.empty(shape, dtype=dtype, device=device)
         if slots.device.type == "cpu":
@@ -112,3 +119,12 @@ class PreallocatedCache(Cache):
         """Say that the first `length` slots of every layer are filled."""
         for layer in self.layers:
             layer.fill(length)
+
+    def rows(self, first: int, last: int) -> Cache:
+        """An empty cache of sequences [first, last) alone, in the same memory."""
+        return Cache(
+            layers=[
+                PreallocatedLayer(layer.key_slots[first:last], layer.value_slots[first:last])
+                for layer in self.layers
+            ]
+        )

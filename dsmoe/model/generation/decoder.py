@@ -18,6 +18,7 @@ from dsmoe.model.generation.plan import Plan, uncovered
 from dsmoe.model.kernels import decoder as kernel
 
 PARTS = kernel.PARTS
+PREFILL_TOKENS = 4096  # of prompts, at a time
 
 
 class Decoder:
@@ -105,7 +106,10 @@ class Decoder:
         if self._steps is not None:
             self._steps.refresh()
         self.length = 0
-        return self._forward(input_ids.to(self.model.device))
+        rows = max(1, PREFILL_TOKENS // length)
+        if rows >= batch or _rows_depend(self.model.config):
+            return self._forward(input_ids.to(self.model.device))
+        return self._forward_in_parts(input_ids.to(self.model.device), rows)
 
     @torch.no_grad()
     def step(self, token_ids: Tensor) -> Tensor:
@@ -150,6 +154,24 @@ class Decoder:
         self.length = length
         self.cache.fill(length)
 
+    def _forward_in_parts(self, input_ids: Tensor, rows: int) -> Tensor:
+        """`_forward` of a prompt, `rows` sequences at a time: what is between layers stays near the cores, and small."""
+        batch, length = input_ids.shape
+        logits = []
+        for first in range(0, batch, rows):
+            last = min(batch, first + rows)
+            outputs = self.model(
+                input_ids=input_ids[first:last],
+                attention_mask=None if self._mask is None else self._mask[first:last, :length],
+                past_key_values=self.cache.rows(first, last),
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            logits.append(outputs.logits[:, -1].float())
+        self.length = length
+        self.cache.fill(length)
+        return torch.cat(logits)
+
     def _forward(self, input_ids: Tensor) -> Tensor:
         self.length += input_ids.shape[1]
         outputs = self.model(
@@ -160,6 +182,13 @@ class Decoder:
             logits_to_keep=1,
         )
         return outputs.logits[:, -1].float()
+
+
+def _rows_depend(config: Any) -> bool:
+    """Whether what a token keeps depends on the other tokens of its batch."""
+    layers = range(config.num_hidden_layers)
+    policies = [config.routing(part, layer) for part in ("mlp", "attention") for layer in layers]
+    return any(policy["policy"] == "threshold_top_k" and policy.get("k") is None for policy in policies)
 
 
 class CppSteps:

@@ -42,7 +42,15 @@ class Sampling:
         """The next token [B] int64 of each sequence."""
         if self.temperature == 0:
             return logits_BV.argmax(-1)
-        return torch.multinomial(self.probabilities(logits_BV), 1, generator=generator)[:, 0]
+        # one draw for each sequence; torch.multinomial draws one for each token of the vocabulary
+        shares_BV = self.probabilities(logits_BV).cumsum(-1, dtype=torch.float64)
+        total_B1 = shares_BV[:, -1:]
+        draws_B1 = (
+            torch.rand(total_B1.shape, dtype=total_B1.dtype, device=total_B1.device, generator=generator)
+            * total_B1
+        )
+        draws_B1 = torch.minimum(draws_B1, total_B1.nextafter(torch.zeros_like(total_B1)))
+        return torch.searchsorted(shares_BV, draws_B1, right=True)[:, 0]
 
     def probabilities(self, logits_BV: Tensor) -> Tensor:
         """What tokens are drawn with, [B, V]; temperature first, then top_k, then top_p, as transformers has it."""
