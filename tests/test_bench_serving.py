@@ -17,6 +17,7 @@ from dsmoe.bench.serving_rows import MEASURED, percentile, row_of
 from dsmoe.bench.serving_settings import Setting, kv_tokens
 from dsmoe.bench.serving_tables import draw, result_table
 from dsmoe.errors import UserError
+from dsmoe.files import read_json
 from dsmoe.model import DSMoEForCausalLM
 from dsmoe.records import write_record
 
@@ -261,6 +262,13 @@ def test_real_engines(tmp_path, capsys):
     }
     table = result_table(results)
     assert "| own | dsmoe |" in table and "decode tokens/s" in table
+    assert (
+        "tokens/s, requests (8 in, 6 out, 4 requests)" in table and "decode (1 in, 6 out, 1 request)" in table
+    )
+    command = read_json(tmp_path / "record" / "record.json")["command"].splitlines()
+    start = "python eval/bench_serving.py --quick --threads 1 --rounds 1 --engines"
+    assert command[0] == f"{start} own --settings requests --models dense dsmoe --json piece1.json"
+    assert command[2].startswith("python eval/bench_serving.py --results piece1.json piece2.json --record ")
 
 
 def test_table_and_plot_of_failures(tmp_path, stub):
@@ -268,7 +276,7 @@ def test_table_and_plot_of_failures(tmp_path, stub):
         [model("dense", "crash")], "own", SETTING, CONDITIONS, lambda case: None, lambda line: None
     )
     results = {
-        "rows": rows, "settings": {"requests": vars(SETTING)}, "memory_bytes": 1e9, "dtype": "bfloat16", "threads": 1,
+        "rows": rows, "memory_bytes": 1e9, "dtype": "bfloat16", "threads": 1,
         "rounds": 3,
     }  # fmt: skip
     assert "Failed: own, requests, dense: its process ended with status 7" in result_table(results)

@@ -127,7 +127,7 @@ def test_bfloat16_is_near_the_same_weights_in_float64(tiny_model, overrides):
 @pytest.mark.parametrize("name", ["dense", "top_k", "moa_sparse", "threshold_top_k_of_batch"])
 @pytest.mark.parametrize("padding", [0, 3])
 def test_long_prompts_in_parts(tiny_model, name, padding, monkeypatch):
-    """More prompt tokens than are computed at a time: rows in parts, but for a policy by which rows depend on each other."""
+    """More prompt tokens than are computed at a time: rows in parts, unless the policy looks at all of them."""
     model, ids = tiny_model(dtype=torch.float64, **MODELS[name]), prompts(5, 12)
     mask = torch.ones(5, 8, dtype=torch.int64)
     mask[1, :padding] = 0

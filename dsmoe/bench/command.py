@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from dsmoe.bench.contestants import DTYPES
-from dsmoe.bench.output import benchmark_parser, give, results_of
+from dsmoe.bench.output import benchmark_parser, command_for_threads, give, results_of
 from dsmoe.bench.tables import growth_plot, result_table
 from dsmoe.bench.timing import checked_threads, threads_in_use
 from dsmoe.bench.training import (
@@ -97,8 +97,8 @@ def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
         growth_plot(results["growth"], args.plot)
     give(
         args, results, result_table(results), write_record,
-        "Dense training beside the dense twin and transformers' experts", "bench_training.py",
-        {"growth.png": partial(growth_plot, results["growth"])},
+        "Dense training beside the dense twin and transformers' experts",
+        command_for_threads(args, "bench_training.py", results), {"growth.png": partial(growth_plot, results["growth"])},
     )  # fmt: skip
 
 

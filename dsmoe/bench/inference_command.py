@@ -12,7 +12,7 @@ from dsmoe.bench.inference import FULL, QUICK, InferencePlan, measure_layer
 from dsmoe.bench.inference_contestants import DTYPES
 from dsmoe.bench.inference_model import measure_model, model_summary
 from dsmoe.bench.inference_tables import result_table
-from dsmoe.bench.output import benchmark_parser, give, results_of
+from dsmoe.bench.output import benchmark_parser, command_for_threads, give, results_of
 from dsmoe.bench.timing import checked_threads, threads_in_use
 from dsmoe.environment import describe
 from dsmoe.errors import UserError, run_reporting_errors
@@ -81,7 +81,7 @@ def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
     give(
         args, results, result_table(results), write_record,
         "Inference of expert layers and a whole model: kept experts against all, dense and transformers",
-        "bench_inference.py",
+        command_for_threads(args, "bench_inference.py", results),
     )  # fmt: skip
 
 

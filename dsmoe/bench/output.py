@@ -92,13 +92,19 @@ def joined(parts: Sequence[Results]) -> Results:
     return made
 
 
+def command_for_threads(args: argparse.Namespace, script: str, results: Results) -> str:
+    """The command that makes a record of layers again, for every number of threads in it."""
+    threads = " ".join(sorted({str(row["threads"]) for row in results["layers"]}))
+    return f"python eval/{script} --threads {threads} --record {args.record} --overwrite"
+
+
 def give(
     args: argparse.Namespace,
     results: Results,
     table: str,
     write_record: Callable[..., None],
     title: str,
-    script: str,
+    command: str,
     plots: dict[str, Callable[[Path], Any]] | None = None,
 ) -> None:
     """Write JSON and record where asked for, and print.
@@ -109,7 +115,7 @@ def give(
         table: for people.
         write_record: `dsmoe.records.write_record`, which is above this package.
         title: of the record.
-        script: file name under eval/.
+        command: that makes the record again.
         plots: by file name, what draws them for the record.
     """
     if args.json and args.json != "-":
@@ -120,10 +126,8 @@ def give(
             write_json(files[0], results)
             for file, draw in zip(files[1:], (plots or {}).values()):
                 draw(file)
-            threads = " ".join(sorted({str(row["threads"]) for row in results["layers"]}))
             write_record(
-                args.record, title=title,
-                command=f"python eval/{script} --threads {threads} --record {args.record} --overwrite",
+                args.record, title=title, command=command,
                 conclusion=f"{args.note}\n\n{table}".strip(), files=files, overwrite=args.overwrite,
                 details={"measured_on": {key: results.get(key) for key in ("versions", "hardware")}},
             )  # fmt: skip

@@ -1,20 +1,18 @@
 """The command line of the serving benchmark."""
 
 import argparse
-import json
 import os
 import shlex
 import sys
-import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from tqdm import tqdm
 
-from dsmoe.bench.output import benchmark_parser, results_of
+from dsmoe.bench.output import benchmark_parser, give, results_of
 from dsmoe.bench.serving_engines import ENGINES
 from dsmoe.bench.serving_extra import extra_form, kind_of, parse_extras
 from dsmoe.bench.serving_models import DTYPES, FULL_SHAPE, KINDS, QUICK_SHAPE, form_of, native_folder
@@ -24,7 +22,6 @@ from dsmoe.bench.serving_tables import draw, result_table
 from dsmoe.bench.timing import checked_threads, usable_cores
 from dsmoe.environment import describe
 from dsmoe.errors import UserError, run_reporting_errors
-from dsmoe.files import write_json
 from dsmoe.planner.units import parse_memory
 
 TITLE = "Serving: a DS-MoE, its dense twin and a larger SMoE in the same memory"
@@ -66,7 +63,6 @@ def measure(
             )
     return {
         "rows": rows,
-        "settings": {setting.name: asdict(setting) for setting in settings},
         "memory_bytes": conditions.memory_bytes,
         "dtype": conditions.dtype,
         "threads": conditions.threads,
@@ -78,47 +74,34 @@ def measure(
 def run(args: argparse.Namespace, write_record: Callable[..., None], words: Sequence[str]) -> None:
     """Measure (or read earlier results), print the table or JSON, write the record."""
     results = results_of(args, partial(_measured, args))
-    _merge_settings(results)
-    table = result_table(results)
-    if args.json and args.json != "-":
-        write_json(args.json, results)
-    if args.record:
-        with tempfile.TemporaryDirectory() as name:
-            files = [Path(name) / "results.json", Path(name) / "serving.png"]
-            write_json(files[0], results)
-            draw(results, files[1])
-            write_record(
-                args.record, title=TITLE, command=_again(args, words, results),
-                conclusion=f"{args.note}\n\n{table}".strip(), files=files, overwrite=args.overwrite,
-                details={"measured_on": {key: results.get(key) for key in ("versions", "hardware")}},
-            )  # fmt: skip
-    print(json.dumps(results, indent=2) if args.json == "-" else table)
+    results.setdefault(
+        "commands", [shlex.join(["python", "eval/bench_serving.py", *_measuring_words(words)])]
+    )
+    give(
+        args, results, result_table(results), write_record, TITLE, _again(args.record, results),
+        {"serving.png": partial(draw, results)},
+    )  # fmt: skip
 
 
-def _again(args: argparse.Namespace, words: Sequence[str], results: dict[str, Any]) -> str:
-    """The command that measures anew; of earlier results, the one that measures them all at once."""
-    if args.results is not None:
-        words = [
-            "--python",
-            "PYTHON",
-            "--threads",
-            str(results["threads"]),
-            "--rounds",
-            str(results["rounds"]),
-        ]
-        for option in (
-            ("input_tokens", "output_tokens", "requests") if "requests" in results["settings"] else ()
-        ):
-            words += [f"--{option.replace('_', '-')}", str(results["settings"]["requests"][option])]
-        words += ["--record", str(args.record), "--overwrite"]
-    shown = ["PYTHON" if before == "--python" else word for before, word in zip(["", *words], words)]
-    return shlex.join(["python", "eval/bench_serving.py", *shown])
+def _again(record: Path | None, results: dict[str, Any]) -> str:
+    """The commands that make a record again: one for each piece that was measured by itself, one that joins them."""
+    pieces = results["commands"]
+    if len(pieces) == 1:
+        return f"{pieces[0]} --record {record} --overwrite"
+    files = [f"piece{number}.json" for number in range(1, len(pieces) + 1)]
+    measured = [f"{piece} --json {file}" for piece, file in zip(pieces, files)]
+    joined = f"python eval/bench_serving.py --results {' '.join(files)} --record {record} --overwrite"
+    return "\n".join([*measured, joined])
 
 
-def _merge_settings(results: dict[str, Any]) -> None:
-    """Of joined results: name every setting that a row has."""
-    for row in results["rows"]:
-        results["settings"].setdefault(row["setting"], {"name": row["setting"], **row["setting_numbers"]})
+def _measuring_words(words: Sequence[str]) -> list[str]:
+    """A command line without what says where results go and where things lie on this machine."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--overwrite", action="store_true")
+    for name in ("--json", "--record", "--note", "--cache", "--python"):
+        parser.add_argument(name)
+    places, rest = parser.parse_known_args(words)
+    return [*rest, *(["--python", "PYTHON"] if places.python else [])]
 
 
 def _measured(args: argparse.Namespace, advance: Callable[[str], Any]) -> dict[str, Any]:

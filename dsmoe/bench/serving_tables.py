@@ -12,7 +12,6 @@ _STYLES = {
     "dsmoe": (DSMOE, "*"),
     "extra": ("#777777", "o"),
 }
-_NAMES = {"decode": "one request at a time", "requests": "many requests"}
 
 
 def result_table(results: Mapping[str, Any]) -> str:
@@ -22,6 +21,7 @@ def result_table(results: Mapping[str, Any]) -> str:
         results: of `dsmoe.bench.serving_command.measure`.
     """
     rows = results["rows"]
+    settings = list(dict.fromkeys(map(_setting, rows)))
     threads = {row["threads"] for row in rows}
     counts = {row.get("rounds", results["rounds"]) for row in rows}
     rounds = " or ".join(map(str, sorted(counts)))
@@ -31,14 +31,14 @@ def result_table(results: Mapping[str, Any]) -> str:
         f"over {rounds} interleaved rounds; x dense: round by round, with its quartiles.",
         "",
         "| engine | model | parameters | active | model MB | room for KV tokens | "
-        + " | ".join(_heading(name, numbers) for name, numbers in results["settings"].items())
+        + " | ".join(f"tokens/s, {setting} (x dense)" for setting in settings)
         + " |",
-        "|---|---|---|---|---|---|" + "---|" * len(results["settings"]),
+        "|---|---|---|---|---|---|" + "---|" * len(settings),
     ]
     for engine, model, count in dict.fromkeys((row["engine"], row["model"], row["threads"]) for row in rows):
         same = (engine, model, count)
-        found = {row["setting"]: row for row in rows if (row["engine"], row["model"], row["threads"]) == same}
-        cells = [_speed(found.get(setting)) for setting in results["settings"]]
+        found = {_setting(row): row for row in rows if (row["engine"], row["model"], row["threads"]) == same}
+        cells = [_speed(found.get(setting)) for setting in settings]
         shown = next((row for row in found.values() if "error" not in row), next(iter(found.values())))
         where = f"{engine}, {_threads(count)}" if len(threads) > 1 else engine
         lines.append(f"| {where} | {model} | {_sizes(shown)} | " + " | ".join(cells) + " |")
@@ -50,9 +50,10 @@ def _threads(count: int) -> str:
     return f"{count} thread{'s' if count > 1 else ''}"
 
 
-def _heading(name: str, numbers: Mapping[str, Any]) -> str:
+def _setting(row: Mapping[str, Any]) -> str:
+    numbers = row["setting_numbers"]
     size = f"{numbers['input_tokens']} in, {numbers['output_tokens']} out"
-    return f"tokens/s, {name} ({size}, {numbers['requests']} request{'s' if numbers['requests'] > 1 else ''}) (x dense)"
+    return f"{row['setting']} ({size}, {numbers['requests']} request{'s' if numbers['requests'] > 1 else ''})"
 
 
 def _sizes(row: Mapping[str, Any]) -> str:
@@ -92,7 +93,7 @@ def _phases(rows: list[dict[str, Any]]) -> list[str]:
             continue
         dense = _dense_of(rows, row)
         cells = [
-            f"{row['engine']}, {_threads(row['threads'])}", row["setting"], row["model"],
+            f"{row['engine']}, {_threads(row['threads'])}", _setting(row), row["model"],
             _ratio(row, dense, "prefill_tokens_per_second"), _ratio(row, dense, "decode_tokens_per_second"),
             f"{row['requests_per_second']:.3f}", f"{row['time_to_first_token_p50_seconds']:.3f}",
             f"{row['latency_p50_seconds']:.2f} / {row['latency_p95_seconds']:.2f}",
@@ -106,9 +107,10 @@ def _phases(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def _dense_of(rows: list[dict[str, Any]], row: Mapping[str, Any]) -> Mapping[str, Any] | None:
-    same = ("engine", "setting", "threads", "dtype")
+    same = ("engine", "threads", "dtype")
     for other in rows:
-        if other["model"] == "dense" and "error" not in other and all(other[k] == row[k] for k in same):
+        alike = all(other[k] == row[k] for k in same) and _setting(other) == _setting(row)
+        if alike and other["model"] == "dense" and "error" not in other:
             return other
     return None
 
@@ -141,7 +143,7 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
     """
     rows = [row for row in results["rows"] if "error" not in row]
     engines = list(dict.fromkeys(row["engine"] for row in results["rows"]))
-    settings = list(results["settings"])
+    settings = list(dict.fromkeys(map(_setting, results["rows"])))
     plt = pyplot()
     figure, axes = plt.subplots(
         len(settings), len(engines), figsize=(3.4 * len(engines), 3.0 * len(settings)), squeeze=False
@@ -150,13 +152,13 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         for column, engine in enumerate(engines):
             panel = axes[line][column]
             for row in rows:
-                if (row["engine"], row["setting"]) == (engine, setting):
+                if (row["engine"], _setting(row)) == (engine, setting):
                     colour, marker = _STYLES[row["kind"]]
                     panel.scatter(
                         row["model_memory_bytes"] / 1e6, row["tokens_per_second"], s=90,
                         color=colour, marker=marker, label=row["model"],
                     )  # fmt: skip
-            panel.set_title(f"{engine}, {_NAMES.get(setting, setting)}", fontsize=9)
+            panel.set_title(f"{engine}, {setting}", fontsize=8)
             panel.set_xlabel("model memory, MB")
             panel.set_ylabel("tokens/s")
             panel.set_xlim(0, 1.15 * panel.dataLim.x1 if panel.collections else None)

@@ -8,7 +8,6 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 from tqdm import tqdm
@@ -21,10 +20,9 @@ from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import write_json
 from dsmoe.model import DSMoEForCausalLM
 from dsmoe.records import add_record_arguments, write_concluded_record
+from dsmoe.report.token_losses import token_losses
 from dsmoe.sparsify.calibration import sample_corpus
-from dsmoe.sparsify.compare import Policies, clustered_error, clusters, reference_policies, with_policies
-from dsmoe.sparsify.measure import ActiveExperts, count_experts
-from dsmoe.sparsify.suffix import fast_masking, run_layers
+from dsmoe.sparsify.compare import Policies, clustered_error, clusters, reference_policies
 
 EPILOG = """examples:
   python eval/measure_polish.py runs/sparsity/dsmoe --polished runs/sparsity/polished --data data/scaling
@@ -137,24 +135,6 @@ def measure_rows(
             }
         )
     return rows
-
-
-def token_losses(model: DSMoEForCausalLM, batches: Batches, policies: Policies) -> tuple[np.ndarray, float]:
-    """The loss of each labelled token [T] in nats under some policies, and the mean share of active MLP experts."""
-    found = []
-    active = ActiveExperts()
-    with torch.inference_mode(), with_policies(model, policies), fast_masking(model):
-        for batch in batches:
-            done = run_layers(model, batch)
-            count_experts(active, model, batch, done.router_logits)
-            labelled = (batch["shift_labels"] != -100).to(done.hidden.device)
-            logits_TV = model.lm_head(done.hidden[labelled]).float()
-            labels_T = batch["shift_labels"].to(done.hidden.device)[labelled]
-            found.append(
-                torch.nn.functional.cross_entropy(logits_TV, labels_T, reduction="none").double().cpu()
-            )
-    share = float(np.mean(active.mean("mlp"))) / model.config.num_experts
-    return torch.cat(found).numpy(), share
 
 
 def table(results: dict[str, Any]) -> str:

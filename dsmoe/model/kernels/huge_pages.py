@@ -1,7 +1,7 @@
 """Memory in pages of 2 MB, where Linux grants them.
 
-Attention over long contexts reads all keys and values once a token. In pages of 4 KB a core waits for the page table every
-64 cache lines.
+Attention over long contexts reads all keys and values once a token. In pages of 4 KB a core waits for the page
+table every 64 cache lines.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ _MADV_HUGEPAGE = 14
 
 
 def use_huge_pages(tensor: Tensor) -> None:
-    """Ask for pages of 2 MB for the memory of a tensor, where it covers whole ones. Nothing changes where that can't be had.
+    """Ask for pages of 2 MB for the memory of a tensor, where it covers whole ones; where that fails, nothing changes.
 
     Args:
         tensor: on CPU, contiguous, fresh: pages that were written before stay as they are.

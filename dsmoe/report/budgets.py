@@ -1,0 +1,211 @@
+"""The models of a study at several active shares: `python eval/measure_budgets.py STUDY.yaml --output FOLDER`.
+
+A DS-MoE is one model for all shares: its policies are chosen on the validation split, as `dsmoe sparsify` does it.
+An SMoE runs as it was trained, and so has one share; a dense model has share 1.
+"""
+
+import argparse
+import json
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm import tqdm
+
+from dsmoe.checkpoint.pretrained import load_pretrained
+from dsmoe.data.corpus import TokenCorpus
+from dsmoe.environment import describe
+from dsmoe.errors import UserError, run_reporting_errors
+from dsmoe.files import read_json, write_json
+from dsmoe.model import DSMoEForCausalLM
+from dsmoe.records import write_record
+from dsmoe.report.budgets_table import budgets_plot, summarise, table
+from dsmoe.report.token_losses import token_losses
+from dsmoe.sparsify.calibrate import calibrate
+from dsmoe.sparsify.calibration import CalibrationText, sample_corpus
+from dsmoe.sparsify.compare import Policies, reference_policies
+from dsmoe.study.spec import Study, StudyRun, read_study
+
+EPILOG = """examples:
+  python eval/measure_budgets.py configs/quality/twins.yaml --output runs/quality/twins --data data/quality
+  python eval/measure_budgets.py configs/quality/twins.yaml --output runs/quality/twins --data data/quality \\
+      --record eval/records/quality
+
+The output folder is that of train/study.py. What was measured of a run is kept in it (budgets.json), so that a second
+call measures new runs only.
+"""
+BATCH_SIZE = 16
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Measure; returns the exit status."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
+        prog="measure_budgets.py",
+    )  # fmt: skip
+    parser.add_argument("study", help="the study's YAML")
+    parser.add_argument(
+        "--output", type=Path, required=True, metavar="FOLDER", help="folder of the study's runs"
+    )
+    parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="token folder")
+    parser.add_argument(
+        "--shares", type=_shares, default=[0.15, 0.25, 0.35, 0.5], metavar="LIST",
+        help="active shares of a DS-MoE, besides those of the study's SMoEs (default: 0.15,0.25,0.35,0.5)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--tokens", type=int, default=200_000, help="of each split to judge on (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--calibration-tokens", type=int, default=32_768,
+        help="of the validation split, to choose thresholds on (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--sequence-length", type=int, default=256, help="tokens of a window (default: %(default)s)"
+    )
+    parser.add_argument("--json", metavar="FILE", help="write the results to a file; - for stdout")
+    parser.add_argument(
+        "--record", type=Path, metavar="DIR", help="also write a record (replaces an earlier one)"
+    )
+    args = parser.parse_args(argv)
+    return run_reporting_errors(lambda: run(args, " ".join(argv if argv is not None else sys.argv[1:])))
+
+
+def run(args: argparse.Namespace, words: str) -> None:
+    """Measure what isn't yet, and report; raises UserError on bad input."""
+    study = read_study(args.study)
+    finished = [run for run in study.runs if (args.output / run.name / "summary.json").exists()]
+    if not finished:
+        raise UserError(f"{args.output}: no finished run of {args.study}; train/study.py makes them")
+    texts = Texts(args)
+    shares = sorted({*args.shares, *_trained_shares(args.output, finished)})
+    rows = []
+    for one in tqdm(finished, desc="runs", unit="run"):
+        rows += measured_rows(one, args.output / one.name, texts, shares)
+    results = {"runs": rows, "summary": summarise(rows), "texts": texts.descriptions, **describe()}
+    report = table(results)
+    if args.json and args.json != "-":
+        write_json(args.json, results)
+    if args.record:
+        _write_record(args, study, results, report, words, len(study.runs) - len(finished))
+    print(json.dumps(results, indent=2) if args.json == "-" else report)
+
+
+class Texts:
+    """The samples that all runs are judged on.
+
+    Args:
+        args: of the command line.
+    """
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        corpus = TokenCorpus(args.data)
+
+        def sample(split: str, tokens: int, seed: int) -> CalibrationText:
+            return sample_corpus(corpus, split, tokens, args.sequence_length, BATCH_SIZE, seed)
+
+        self.calibration = sample("validation", args.calibration_tokens, 1)
+        self.judged = {split: sample(split, args.tokens, 0) for split in ("validation", "test")}
+        self.sequence_length = args.sequence_length
+        self.descriptions = {"calibration": self.calibration.description}
+        self.descriptions |= {split: text.description for split, text in self.judged.items()}
+
+
+def measured_rows(run: StudyRun, folder: Path, texts: Texts, shares: Sequence[float]) -> list[dict[str, Any]]:
+    """The rows of one run, read back where they were measured before on the same text.
+
+    Args:
+        run: of the study.
+        folder: its folder.
+        texts: what to judge on.
+        shares: of a DS-MoE.
+
+    Returns:
+        "arm" (group and labels), "group", "kind", "budget" (share that was asked for; 1: all experts), "seed",
+        "mlp_active_fraction" (on the test sample), "tokens", "num_params_total", "training_flops", "training_seconds",
+        "validation_loss", "test_loss" (nats per token).
+    """
+    cache = folder / "budgets.json"
+    summary = read_json(folder / "summary.json")
+    key = {
+        "texts": texts.descriptions,
+        "shares": list(shares),
+        "training_seconds": summary["training_seconds"],
+    }
+    if cache.exists():
+        known = read_json(cache)
+        if known["key"] == key:
+            return known["rows"]
+    model, _ = load_pretrained(folder, torch.float32)
+    shared = {
+        "arm": run.point, "group": run.group, "kind": model.config.kind, "seed": run.seed,
+        **{name: summary[name] for name in ("tokens", "num_params_total", "training_flops", "training_seconds")},
+    }  # fmt: skip
+    rows = []
+    for budget, policies in budgets_of(model.eval(), texts, shares).items():
+        row: dict[str, Any] = {**shared, "budget": budget}
+        for split, text in texts.judged.items():
+            losses, active = token_losses(model, text.batches, policies)
+            row[f"{split}_loss"], row["mlp_active_fraction"] = float(np.mean(losses)), active
+        rows.append(row)
+    write_json(cache, {"key": key, "rows": rows})
+    return rows
+
+
+def budgets_of(model: DSMoEForCausalLM, texts: Texts, shares: Sequence[float]) -> dict[float, Policies]:
+    """The policies by which a model is judged, by budget.
+
+    Args:
+        model: in evaluation mode.
+        texts: whose calibration sample chooses a DS-MoE's policies.
+        shares: of a DS-MoE; those that it can't meet are left out.
+    """
+    own = reference_policies(model)
+    config = model.config
+    if config.kind == "dense":
+        return {1.0: own}
+    if config.kind == "smoe":
+        return {config.routing("mlp", 0)["k"] / config.num_experts: own}
+    found: dict[float, Policies] = {1.0: own}
+    frontier = calibrate(model, texts.calibration.batches, context_length=texts.sequence_length)
+    for share in shares:
+        if share >= 1 / config.num_experts:
+            found[share] = frontier.at_share(share).policies
+    return found
+
+
+def _trained_shares(output: Path, runs: Sequence[StudyRun]) -> set[float]:
+    found = set()
+    for run in runs:
+        model: Mapping[str, Any] = read_json(output / run.name / "summary.json")["config"]["model"]
+        if model["kind"] == "smoe":
+            found.add(model["mlp_routing"]["k"] / model["num_experts"])
+    return found
+
+
+def _write_record(
+    args: argparse.Namespace, study: Study, results: dict[str, Any], report: str, words: str, missing: int
+) -> None:
+    partial = f"PARTIAL: {missing} of {len(study.runs)} runs are missing. " if missing else ""
+    with tempfile.TemporaryDirectory() as name:
+        files = [Path(name) / "results.json", Path(name) / "budgets.png"]
+        write_json(files[0], results)
+        budgets_plot(results, files[1])
+        write_record(
+            args.record, title=study.title, command=f"python eval/measure_budgets.py {words}",
+            conclusion=f"{partial}{study.conclusion}\n\n{report}", files=files,
+            details={"texts": results["texts"]}, overwrite=True,
+        )  # fmt: skip
+
+
+def _shares(text: str) -> list[float]:
+    try:
+        found = [float(word) for word in text.split(",")]
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r}: give numbers separated by commas") from None
+    if not all(0 < share < 1 for share in found):
+        raise argparse.ArgumentTypeError(f"{text!r}: shares must be between 0 and 1")
+    return found

@@ -1,0 +1,176 @@
+"""What the models of a study lose at each active share: means over seeds, paired differences, table and plot."""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from matplotlib import pyplot as plt
+
+from dsmoe.accounting.table import markdown_table
+from dsmoe.report.plots import save_figure
+from dsmoe.trainer.seeds import spread
+
+Row = Mapping[str, Any]
+MOST_ACTIVE = 0.36  # "a third": the largest share of the headline's gap to the dense twin
+COLOURS = {"dense": "#222222", "smoe": "#2f74b0", "dsmoe": "#d1495b"}
+
+
+def summarise(rows: Sequence[Row]) -> dict[str, Any]:
+    """The paired differences on the test split that decide between the kinds.
+
+    An arm that stands against others of its kind is chosen by its validation loss. Differences are taken seed by seed.
+
+    Args:
+        rows: of `dsmoe.report.budgets.measured_rows`.
+
+    Returns:
+        "arms": {"dense", "dsmoe": name or None}; "dsmoe_gap_to_dense": of the largest share up to 0.36, and
+        "dsmoe_minus_smoe": by budget, against the SMoE of that share with as many tokens, each {"mean", "stderr",
+        "seeds", "mlp_active_fraction"}; "dsmoe_minus_smoe_of_more_tokens": likewise, against SMoEs that were given more.
+        Parts without a pair are missing (None for the first).
+    """
+    dense = _best([row for row in rows if row["kind"] == "dense" and _is_largest(row, rows)])
+    ours = _best([row for row in rows if row["kind"] == "dsmoe" and row["budget"] <= MOST_ACTIVE])
+    own = [row for row in rows if row["kind"] == "dsmoe" and row["arm"] == ours]
+    budgets = sorted({row["budget"] for row in own if row["budget"] < 1})
+    third = max((budget for budget in budgets if budget <= MOST_ACTIVE), default=None)
+    found: dict[str, Any] = {"arms": {"dense": dense, "dsmoe": ours}, "dsmoe_gap_to_dense": None}
+    found |= {"dsmoe_minus_smoe": {}, "dsmoe_minus_smoe_of_more_tokens": {}}
+    if third is not None and dense is not None:
+        found["dsmoe_gap_to_dense"] = _difference(
+            _at(own, third), [row for row in rows if row["arm"] == dense]
+        )
+    for budget in budgets:
+        at = _at(own, budget)
+        smoes = [row for row in rows if row["kind"] == "smoe" and abs(row["budget"] - budget) < 1e-6]
+        for name, more in (("dsmoe_minus_smoe", False), ("dsmoe_minus_smoe_of_more_tokens", True)):
+            rivals = [row for row in smoes if (row["tokens"] > at[0]["tokens"]) == more]
+            if rivals:
+                best = _best(rivals)
+                found[name][f"{budget:g}"] = _difference(at, [row for row in rivals if row["arm"] == best])
+    return found
+
+
+def _is_largest(row: Row, rows: Sequence[Row]) -> bool:
+    return row["num_params_total"] == max(one["num_params_total"] for one in rows if one["kind"] == "dense")
+
+
+def _at(rows: Sequence[Row], budget: float) -> list[Row]:
+    return [row for row in rows if row["budget"] == budget]
+
+
+def _best(rows: Sequence[Row]) -> str | None:
+    """The arm with the lowest mean validation loss."""
+    losses = defaultdict(list)
+    for row in rows:
+        losses[row["arm"]].append(row["validation_loss"])
+    return min(losses, key=lambda arm: sum(losses[arm]) / len(losses[arm]), default=None)
+
+
+def _difference(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any] | None:
+    other = {row["seed"]: row["test_loss"] for row in second}
+    common = [row for row in first if row["seed"] in other]
+    if not common:
+        return None
+    differences = spread([row["test_loss"] - other[row["seed"]] for row in common])
+    active = sum(row["mlp_active_fraction"] for row in common) / len(common)
+    return {
+        "mean": differences["mean"],
+        "stderr": differences["stderr"],
+        "seeds": [row["seed"] for row in common],
+        "mlp_active_fraction": active,
+    }
+
+
+def table(results: Row) -> str:
+    """Every arm at every budget, then the differences, as Markdown."""
+    points = defaultdict(list)
+    for row in results["runs"]:
+        points[row["arm"], row["budget"]].append(row)
+    lines = []
+    for (arm, budget), same in points.items():
+        first = same[0]
+        lines.append(
+            [
+                arm, "" if budget == 1 else f"{budget:.1%}",
+                f"{sum(row['mlp_active_fraction'] for row in same) / len(same):.1%}",
+                str(len(same)), f"{first['num_params_total'] / 1e6:.2f}M", f"{first['tokens'] / 1e6:.2f}M",
+                f"{first['training_flops']:.2e}", f"{sum(row['training_seconds'] for row in same) / len(same) / 60:.1f}",
+                *(_mean(spread([row[f"{split}_loss"] for row in same])) for split in ("validation", "test")),
+            ]
+        )  # fmt: skip
+    header = ["arm", "budget", "MLP active", "seeds", "total", "tokens", "FLOPs", "minutes", "validation loss",
+              "test loss"]  # fmt: skip
+    summary = results["summary"]
+    pairs = []
+    if summary["dsmoe_gap_to_dense"]:
+        pairs.append(
+            [
+                f"{summary['arms']['dsmoe']} - {summary['arms']['dense']}",
+                *_cells(summary["dsmoe_gap_to_dense"]),
+            ]
+        )
+    for name, words in (
+        ("dsmoe_minus_smoe", "SMoE"),
+        ("dsmoe_minus_smoe_of_more_tokens", "SMoE with more tokens"),
+    ):
+        pairs += [
+            [f"DS-MoE - {words}, {float(budget):.1%}", *_cells(pair)]
+            for budget, pair in summary[name].items()
+            if pair
+        ]
+    text = markdown_table(header, lines)
+    if pairs:
+        text += "\n\n" + markdown_table(
+            ["difference on test", "MLP active", "seeds", "nats per token", ""], pairs
+        )
+    return text
+
+
+def _cells(pair: Row) -> list[str]:
+    tie = pair["stderr"] is not None and abs(pair["mean"]) < 2 * pair["stderr"]
+    return [
+        f"{pair['mlp_active_fraction']:.1%}", str(len(pair["seeds"])), _mean(pair, sign=True), "tie" if tie else "",
+    ]  # fmt: skip
+
+
+def _mean(value: Row, sign: bool = False) -> str:
+    mean = f"{value['mean']:+.4f}" if sign else f"{value['mean']:.4f}"
+    return mean if value["stderr"] is None else f"{mean} ± {value['stderr']:.4f}"
+
+
+def budgets_plot(results: Row, path: Path) -> None:
+    """Test loss against the active share of the MLP; the dense models as lines."""
+    figure, axes = plt.subplots(figsize=(7.5, 4.8))
+    arms = defaultdict(list)
+    for row in results["runs"]:
+        arms[row["arm"]].append(row)
+    for arm, rows in arms.items():
+        kind = rows[0]["kind"]
+        if kind == "dense":
+            level = sum(row["test_loss"] for row in rows) / len(rows)
+            axes.axhline(level, color=COLOURS[kind], linestyle="--", linewidth=1)
+            place: dict[str, Any] = {
+                "xycoords": ("axes fraction", "data"),
+                "ha": "right",
+                "va": "bottom",
+                "fontsize": 8,
+            }
+            axes.annotate(arm, (1.0, level), **place)
+            continue
+        points = [_at(rows, budget) for budget in sorted({row["budget"] for row in rows})]
+        # a DS-MoE with all experts is a point of its own, far to the right
+        points = [same for same in points if kind != "dsmoe" or same[0]["budget"] < 1]
+        losses = [spread([row["test_loss"] for row in same]) for same in points]
+        axes.errorbar(
+            [sum(row["mlp_active_fraction"] for row in same) / len(same) for same in points],
+            [loss["mean"] or 0.0 for loss in losses], yerr=[loss["stderr"] or 0.0 for loss in losses],
+            color=COLOURS[kind], marker="o" if kind == "dsmoe" else "^", label=arm, capsize=2,
+        )  # fmt: skip
+    axes.set_xlabel("active share of the MLP")
+    axes.set_ylabel("test loss (nats per token)")
+    axes.grid(alpha=0.3)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(fontsize=8)
+    save_figure(figure, path)

@@ -1,0 +1,116 @@
+"""Models of a study at several active shares: against losses worked out here, and with trained tiny models."""
+
+import json
+
+import pytest
+import yaml
+
+from dsmoe import cli
+from dsmoe.report import budgets
+from dsmoe.report.budgets_table import summarise, table
+
+
+def row(arm, kind, budget, seed, loss, tokens=100, validation=None, total=1000):
+    validation = loss if validation is None else validation
+    return {
+        "arm": arm, "group": arm.split("-")[0], "kind": kind, "budget": budget, "seed": seed, "tokens": tokens,
+        "mlp_active_fraction": budget, "num_params_total": total, "training_flops": 1e9, "training_seconds": 60.0,
+        "validation_loss": validation, "test_loss": loss,
+    }  # fmt: skip
+
+
+ROWS = [
+    *(row("dense", "dense", 1.0, seed, 3.0 + seed) for seed in (0, 1)),
+    *(row("small", "dense", 1.0, seed, 2.0 + seed, total=500) for seed in (0, 1)),
+    # a is better on validation, b on test: a is taken
+    *(row("dsmoe-a", "dsmoe", 0.25, seed, 3.1 + 1.02 * seed, validation=1) for seed in (0, 1)),
+    *(row("dsmoe-b", "dsmoe", 0.25, seed, 2.5 + seed, validation=2) for seed in (0, 1)),
+    *(row("dsmoe-a", "dsmoe", 1.0, seed, 2.9 + seed, validation=1) for seed in (0, 1)),
+    row("dsmoe-a", "dsmoe", 0.5, 0, 3.05, validation=0),
+    row("smoe-k4", "smoe", 0.25, 1, 4.0),
+    row("smoe-k4", "smoe", 0.25, 0, 3.2),
+    row("flops", "smoe", 0.25, 0, 3.0, tokens=200),
+]
+
+
+def test_differences_are_paired_by_seed():
+    found = summarise(ROWS)
+    assert found["arms"] == {"dense": "dense", "dsmoe": "dsmoe-a"}
+    gap = found["dsmoe_gap_to_dense"]
+    assert gap["mean"] == pytest.approx(0.11) and gap["stderr"] == pytest.approx(0.01)
+    assert gap["mlp_active_fraction"] == 0.25 and gap["seeds"] == [0, 1]
+    pair = found["dsmoe_minus_smoe"]["0.25"]
+    assert pair["mean"] == pytest.approx((-0.1 + 0.12) / 2) and pair["stderr"] == pytest.approx(0.11)
+    more = found["dsmoe_minus_smoe_of_more_tokens"]["0.25"]
+    assert more["mean"] == pytest.approx(0.1) and more["stderr"] is None and more["seeds"] == [0]
+    assert set(found["dsmoe_minus_smoe"]) == {"0.25"}
+    shown = table({"runs": ROWS, "summary": found})
+    assert "| DS-MoE - SMoE, 25.0%" in shown and "tie" in shown and "+0.1100 ± 0.0100" in shown
+
+
+def test_without_partners():
+    found = summarise([row("dsmoe", "dsmoe", 0.25, 0, 3.0)])
+    assert found["dsmoe_gap_to_dense"] is None and found["dsmoe_minus_smoe"] == {}
+    assert summarise([row("dense", "dense", 1.0, 0, 3.0)])["arms"] == {"dense": "dense", "dsmoe": None}
+
+
+@pytest.fixture(scope="module")
+def corpus(corpus_dir, tmp_path_factory):
+    """The corpus of the tests with a test split."""
+    folder = tmp_path_factory.mktemp("with-test") / "data"
+    words = ["--source", f"tiny={corpus_dir.parent / 'text.jsonl'}", "--train-tokenizer", "300"]
+    words += ["--validation-fraction", "0.1", "--test-fraction", "0.1", "--output", str(folder)]
+    assert cli.main(["data", "prepare", *words]) == 0
+    return folder
+
+
+def test_a_study(train, corpus, tmp_path, capsys, monkeypatch):
+    """Three tiny models, measured once and then read back; a DS-MoE gets the shares of the SMoE too."""
+    study = {
+        "name": "toy",
+        "groups": {
+            "dense": {"settings": {"model.kind": "dense"}},
+            "smoe": {"settings": {"model.kind": "smoe"}},
+            "dsmoe": {},
+        },
+    }
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(study))
+    kinds = {
+        "dense": {"model.kind": "dense", "model.num_experts": 1},
+        "smoe": {"model.kind": "smoe", "model.mlp_routing": {"policy": "top_k", "k": 1}},
+        "dsmoe": {},
+    }
+    for kind, settings in kinds.items():
+        train(f"{kind}-s0", **{"data.path": str(corpus), "train.total_tokens": 512, **settings})
+    words = [str(tmp_path / "toy.yaml"), "--output", str(tmp_path), "--data", str(corpus), "--shares", "0.6",
+             "--tokens", "200", "--calibration-tokens", "200", "--sequence-length", "16"]  # fmt: skip
+    capsys.readouterr()
+    assert budgets.main([*words, "--record", str(tmp_path / "record"), "--json", "-"]) == 0
+    results = json.loads(capsys.readouterr().out)
+    experts = json.loads((tmp_path / "dsmoe-s0" / "summary.json").read_text())["config"]["model"][
+        "num_experts"
+    ]
+    measured = {(one["kind"], one["budget"]): one for one in results["runs"]}
+    assert set(measured) == {
+        ("dense", 1.0),
+        ("smoe", 1 / experts),
+        ("dsmoe", 1.0),
+        ("dsmoe", 1 / experts),
+        ("dsmoe", 0.6),
+    }
+    assert measured["smoe", 1 / experts]["mlp_active_fraction"] == pytest.approx(1 / experts)
+    assert measured["dsmoe", 1.0]["mlp_active_fraction"] == 1.0
+    assert list(results["summary"]["dsmoe_minus_smoe"]) == [f"{1 / experts:g}"]
+    assert {"results.json", "budgets.png"} <= {path.name for path in (tmp_path / "record").iterdir()}
+    monkeypatch.setattr(budgets, "token_losses", None)
+    assert budgets.main([*words, "--json", "-"]) == 0
+    assert json.loads(capsys.readouterr().out)["runs"] == results["runs"]
+
+
+def test_bad_input(corpus_dir, tmp_path, capsys):
+    (tmp_path / "toy.yaml").write_text("groups: {dense: {}}")
+    words = [str(tmp_path / "toy.yaml"), "--output", str(tmp_path / "none"), "--data", str(corpus_dir)]
+    assert budgets.main(words) == 2 and "no finished run" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        budgets.main([*words, "--shares", "1.5"])
+    assert "shares must be between 0 and 1" in capsys.readouterr().err
