@@ -105,6 +105,18 @@ def corpus_dir(tmp_path_factory):
     return prepared
 
 
+@pytest.fixture(scope="session")
+def held_out_corpus_dir(corpus_dir, tmp_path_factory):
+    """The same text with a tenth for validation and a tenth for test."""
+    from dsmoe import cli
+
+    folder = tmp_path_factory.mktemp("held-out") / "data"
+    arguments = ["--source", f"tiny={corpus_dir.parent / 'text.jsonl'}", "--train-tokenizer", "300"]
+    arguments += ["--validation-fraction", "0.1", "--test-fraction", "0.1", "--output", str(folder)]
+    assert cli.main(["data", "prepare", *arguments]) == 0
+    return folder
+
+
 @dataclass
 class Run:
     """A training run that has ended.

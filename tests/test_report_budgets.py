@@ -5,7 +5,6 @@ import json
 import pytest
 import yaml
 
-from dsmoe import cli
 from dsmoe.report import budgets
 from dsmoe.report.budgets_table import summarise, table
 
@@ -54,17 +53,7 @@ def test_without_partners():
     assert summarise([row("dense", "dense", 1.0, 0, 3.0)])["arms"] == {"dense": "dense", "dsmoe": None}
 
 
-@pytest.fixture(scope="module")
-def corpus(corpus_dir, tmp_path_factory):
-    """The corpus of the tests with a test split."""
-    folder = tmp_path_factory.mktemp("with-test") / "data"
-    words = ["--source", f"tiny={corpus_dir.parent / 'text.jsonl'}", "--train-tokenizer", "300"]
-    words += ["--validation-fraction", "0.1", "--test-fraction", "0.1", "--output", str(folder)]
-    assert cli.main(["data", "prepare", *words]) == 0
-    return folder
-
-
-def test_a_study(train, corpus, tmp_path, capsys, monkeypatch):
+def test_a_study(train, held_out_corpus_dir, tmp_path, capsys, monkeypatch):
     """Three tiny models, measured once and then read back; a DS-MoE gets the shares of the SMoE too."""
     study = {
         "name": "toy",
@@ -81,8 +70,8 @@ def test_a_study(train, corpus, tmp_path, capsys, monkeypatch):
         "dsmoe": {},
     }
     for kind, settings in kinds.items():
-        train(f"{kind}-s0", **{"data.path": str(corpus), "train.total_tokens": 512, **settings})
-    words = [str(tmp_path / "toy.yaml"), "--output", str(tmp_path), "--data", str(corpus), "--shares", "0.6",
+        train(f"{kind}-s0", **{"data.path": str(held_out_corpus_dir), "train.total_tokens": 512, **settings})
+    words = [str(tmp_path / "toy.yaml"), "--output", str(tmp_path), "--data", str(held_out_corpus_dir), "--shares", "0.6",
              "--tokens", "200", "--calibration-tokens", "200", "--sequence-length", "16"]  # fmt: skip
     capsys.readouterr()
     assert budgets.main([*words, "--record", str(tmp_path / "record"), "--json", "-"]) == 0

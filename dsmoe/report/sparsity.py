@@ -1,6 +1,7 @@
 """The sparsity sweep of a checkpoint: `python eval/sweep_sparsity.py CHECKPOINT --data TOKENS`."""
 
 import argparse
+import hashlib
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -20,11 +21,10 @@ from dsmoe.files import write_json
 from dsmoe.records import add_record_arguments, write_concluded_record
 from dsmoe.report.sparsity_plots import frontier_plot, layers_plot, union_plot
 from dsmoe.report.sparsity_table import tables
-from dsmoe.sparsify.calibrate import calibrate
 from dsmoe.sparsify.calibration import sample_corpus
 from dsmoe.sparsify.compare import with_policies
-from dsmoe.sparsify.search import Frontier
-from dsmoe.sparsify.sweep import CONTESTANTS, Judge, sweep_bounds, sweep_shares
+from dsmoe.sparsify.points import Points
+from dsmoe.sparsify.sweep import CONTESTANTS, Judge, Sample, sweep_bounds, sweep_shares
 
 EPILOG = """examples:
   python eval/sweep_sparsity.py runs/sparsity/dsmoe --data data/scaling --output runs/sparsity/sweep
@@ -44,7 +44,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("checkpoint", type=Path, help="model folder, or folder of a finished run")
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="token folder")
     parser.add_argument(
-        "--output", type=Path, metavar="FOLDER", help="results.json and plots (default: beside the run)"
+        "--output",
+        type=Path,
+        metavar="FOLDER",
+        help="results.json, plots, and each measured point, so that an interrupted sweep goes on (default: beside the run)",
     )
     add_record_arguments(parser)
     parser.add_argument("--shares", type=_numbers, default=None, metavar="LIST",
@@ -81,10 +84,11 @@ def run(args: argparse.Namespace, words: str) -> None:
         raise UserError(f"{args.record}: the record exists; pass --overwrite to replace it")
     model, folder = load_pretrained(args.checkpoint, torch.float32)
     model.eval()
-    results = sweep(model, args)
+    args.output = args.output or folder.parent / "sparsity-sweep"
+    results = sweep(model, folder, args)
     if tasks:
         score_rows(results, load_model(str(folder)), tasks, args)
-    output = args.output or folder.parent / "sparsity-sweep"
+    output = args.output
     results = {"model": results.pop("model"), "name": folder.parent.name, **results, **describe()}
     report = tables(results)
     write_json(output / "results.json", results)
@@ -101,7 +105,7 @@ def run(args: argparse.Namespace, words: str) -> None:
     print(f"{report}\nwritten to {output}" + (f" and {args.record}" if args.record else ""))
 
 
-def sweep(model: Any, args: argparse.Namespace) -> dict[str, Any]:
+def sweep(model: Any, folder: Path, args: argparse.Namespace) -> dict[str, Any]:
     """All measurements but the tasks."""
     corpus = TokenCorpus(args.data)
 
@@ -118,14 +122,16 @@ def sweep(model: Any, args: argparse.Namespace) -> dict[str, Any]:
         for one in CONTESTANTS
         if args.families == "all" or one in (*KNOBS, ("per_layer_threshold", "gate"))
     ]
-    # one after the other: a frontier keeps hidden states of all its text
+    about = {"model": _fingerprint(folder), "held_out": held_out.description}
+    points = Points(args.output / "points.json", about)
     auto = []
-    for number, sample in enumerate(samples):
-        frontier = calibrate(model, sample.batches, context_length=args.sequence_length)
-        auto.append(_chosen(frontier, judge, shares))
+    for number, given in enumerate(samples):
+        # one after the other: a frontier keeps hidden states of all its text
+        sample = Sample(model, given, judge, points)
+        auto.append(_chosen(sample, shares))
         if number == 0:
-            rows = sweep_shares(frontier, sample.batches, judge, shares, contestants)
-            bounds = sweep_bounds(frontier, judge, args.bounds)
+            rows = sweep_shares(sample, shares, contestants)
+            bounds = sweep_bounds(sample, args.bounds)
     third = min(auto[0], key=lambda row: abs(row["share_on_calibration"] - 0.33), default=None)
     layers = None
     if third is not None:
@@ -143,16 +149,18 @@ def sweep(model: Any, args: argparse.Namespace) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def _chosen(frontier: Frontier, judge: Judge, shares: Sequence[float]) -> list[dict[str, Any]]:
-    """What `dsmoe sparsify --target-active` gives at each share."""
-    found = []
-    for share in tqdm(shares, desc="calibrated", unit="share"):
-        try:
-            chosen = frontier.at_share(share)
-        except UserError:
-            continue
-        found.append({"asked": share, **judge.row(chosen, frontier)})
-    return found
+def _chosen(sample: Sample, shares: Sequence[float]) -> list[dict[str, Any]]:
+    """What `dsmoe sparsify --target-active` gives at each share that can be met."""
+    found = [sample.at_share(share) for share in tqdm(shares, desc="calibrated", unit="share")]
+    return [row for row in found if row is not None]
+
+
+def _fingerprint(folder: Path) -> str:
+    """SHA-256 of a model's configuration and weights."""
+    digest = hashlib.sha256()
+    for path in sorted([folder / "config.json", *folder.glob("*.safetensors")]):
+        digest.update(path.read_bytes())
+    return digest.hexdigest()
 
 
 def default_shares(num_experts: int) -> list[float]:

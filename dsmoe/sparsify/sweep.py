@@ -1,7 +1,7 @@
 """The frontier of a checkpoint: every family of policies at many budgets, chosen on one text and judged on another."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from torch import Tensor
@@ -11,8 +11,10 @@ from dsmoe.accounting import count_parameters, inference_flops_per_token
 from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM
 from dsmoe.sparsify.calibrate import calibrate
+from dsmoe.sparsify.calibration import CalibrationText
 from dsmoe.sparsify.compare import Comparer, Comparison
-from dsmoe.sparsify.families import GLOBAL
+from dsmoe.sparsify.families import DEFAULT, GLOBAL
+from dsmoe.sparsify.points import Points
 from dsmoe.sparsify.search import Candidate, Frontier
 from dsmoe.sparsify.union import unions
 
@@ -83,19 +85,70 @@ class Judge:
         }
 
 
+class Sample:
+    """A calibration text, and the frontiers that are calibrated on it at the first need of a point that isn't known.
+
+    Args:
+        model: in evaluation mode.
+        text: calibration text.
+        judge: of the held-out text.
+        points: where what is measured is kept.
+    """
+
+    def __init__(self, model: DSMoEForCausalLM, text: CalibrationText, judge: Judge, points: Points) -> None:
+        self.model, self.text, self.judge, self.points = model, text, judge, points
+        self._frontiers: dict[tuple[str, str], Frontier] = {}
+
+    def frontier(self, family: str = "auto", score: str = "gate") -> Frontier:
+        """The frontier that a family is taken from: those of one knob come from that of the default family."""
+        key = ("auto", "gate") if family in (*GLOBAL, DEFAULT) and score == "gate" else (family, score)
+        if key not in self._frontiers:
+            # a frontier keeps hidden states of all its text: beside the default one, one at a time
+            self._frontiers = {
+                known: kept for known, kept in self._frontiers.items() if known == ("auto", "gate")
+            }
+            self._frontiers[key] = calibrate(
+                self.model,
+                self.text.batches,
+                family=key[0],
+                score=score,
+                context_length=self.judge.context_length,
+            )
+        return self._frontiers[key]
+
+    def at_share(self, share: float, family: str | None = None, score: str = "gate") -> dict[str, Any] | None:
+        """The row of a family (None: what `dsmoe sparsify --target-active` gives); None: the share can't be met."""
+
+        def measure() -> dict[str, Any] | None:
+            frontier = self.frontier(family or "auto", score)
+            try:
+                chosen = frontier.at_share(share, family)
+            except UserError:  # beyond what the reference or one expert a layer gives
+                return None
+            return {"asked": share, **self.judge.row(chosen, frontier)}
+
+        return self._known(f"share {share!r} {family} {score}", measure)
+
+    def within(self, bound: float, family: str | None = None) -> dict[str, Any]:
+        """The row of the sparsest model within a bound of nats per token."""
+
+        def measure() -> dict[str, Any]:
+            frontier = self.frontier()
+            return self.judge.row(frontier.within(bound, family), frontier)
+
+        return self._known(f"bound {bound!r} {family}", measure)
+
+    def _known(self, name: str, measure: Callable[[], Any]) -> Any:
+        return self.points.get(f"{self.text.description['fingerprint']} {name}", measure)
+
+
 def sweep_shares(
-    frontier: Frontier,
-    calibration: Batches,
-    judge: Judge,
-    shares: Sequence[float],
-    contestants: Sequence[tuple[str, str]] = CONTESTANTS,
+    sample: Sample, shares: Sequence[float], contestants: Sequence[tuple[str, str]] = CONTESTANTS
 ) -> list[dict[str, Any]]:
     """Every family at every share that it can meet.
 
     Args:
-        frontier: of the calibration text, of the default family; also measures the families of one knob.
-        calibration: that text.
-        judge: of the held-out text.
+        sample: to calibrate on.
         shares: of active experts, weighted by their parameters (of an SMoE: up to its trained K).
         contestants: (family, score).
 
@@ -105,29 +158,20 @@ def sweep_shares(
     rows = []
     with tqdm(total=len(contestants) * len(shares), desc="frontier", unit="point") as bar:
         for family, score in contestants:
-            own = frontier
-            if (family, score) != (frontier.family, "gate") and family not in GLOBAL:
-                own = calibrate(
-                    judge.model, calibration, family=family, score=score, context_length=judge.context_length
-                )
             for share in shares:
                 bar.set_postfix_str(f"{family} {share:.0%}")
-                try:
-                    chosen = own.at_share(share, family)
-                except UserError:  # beyond what the reference or one expert a layer gives
-                    bar.update()
-                    continue
-                rows.append({"asked": share, "score": score, **judge.row(chosen, own)})
+                row = sample.at_share(share, family, score)
+                if row is not None:
+                    rows.append({"score": score, **row})
                 bar.update()
     return rows
 
 
-def sweep_bounds(frontier: Frontier, judge: Judge, bounds: Sequence[float]) -> list[dict[str, Any]]:
+def sweep_bounds(sample: Sample, bounds: Sequence[float]) -> list[dict[str, Any]]:
     """The sparsest model within each bound, by calibration and among uniform Ks, and what it costs on held-out text.
 
     Args:
-        frontier: of the calibration text.
-        judge: of the held-out text.
+        sample: to calibrate on.
         bounds: nats per token.
 
     Returns:
@@ -138,8 +182,7 @@ def sweep_bounds(frontier: Frontier, judge: Judge, bounds: Sequence[float]) -> l
     for bound in tqdm(bounds, desc="bounds", unit="bound"):
         entry: dict[str, Any] = {"bound": bound}
         for name, family in (("calibrated", None), ("uniform_k", "uniform_k")):
-            row = judge.row(frontier.within(bound, family), frontier)
-            row["holds"] = row["loss_increase"] <= bound + 2 * row["standard_error"]
-            entry[name] = row
+            row = sample.within(bound, family)
+            entry[name] = {**row, "holds": row["loss_increase"] <= bound + 2 * row["standard_error"]}
         found.append(entry)
     return found

@@ -1,0 +1,49 @@
+"""The sparsity sweep: one command on a tiny model, interrupted and resumed."""
+
+import json
+
+from dsmoe.checkpoint.pretrained import save_pretrained
+from dsmoe.report import sparsity
+from dsmoe.sparsify import sweep
+
+
+def test_an_interrupted_sweep_goes_on(tiny_model, held_out_corpus_dir, tmp_path, monkeypatch):
+    model = tiny_model(vocab_size=300, router_initializer_range=0.5)
+    save_pretrained(model, tmp_path / "model", None)
+    words = [str(tmp_path / "model"), "--data", str(held_out_corpus_dir), "--output", str(tmp_path / "sweep"), "--shares", "0.25,0.5",
+             "--bounds", "0.01", "--seeds", "0,1", "--calibration-tokens", "300", "--held-out-tokens", "300",
+             "--sequence-length", "16"]  # fmt: skip
+    monkeypatch.setattr(sweep.Judge, "row", _failing_after(sweep.Judge.row, 5))
+    assert sparsity.main(words) == 130
+    kept = json.loads((tmp_path / "sweep" / "points.json").read_text())["points"]
+    assert len(kept) == 5
+    monkeypatch.undo()
+    measured = []
+    row = sweep.Judge.row
+    monkeypatch.setattr(sweep.Judge, "row", lambda *args: measured.append(row(*args)) or measured[-1])
+    assert sparsity.main(words) == 0
+    results = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    points = json.loads((tmp_path / "sweep" / "points.json").read_text())["points"]
+    assert {name: points[name] for name in kept} == kept and len(measured) == len(points) - 5
+    assert results["calibrated"][0] == [kept[name] for name in list(kept)[:2]]
+    families = {(one["family"], one["score"]) for one in results["rows"]}
+    assert families == {(family, score) for family, score in sweep.CONTESTANTS}
+    for one in results["rows"]:
+        if one["family"] == "uniform_k":
+            assert one["share"] == one["asked"]
+    monkeypatch.setattr(sweep, "calibrate", None)  # nothing is left to measure
+    assert sparsity.main(words) == 0
+    again = json.loads((tmp_path / "sweep" / "results.json").read_text())
+    assert again["rows"] == results["rows"] and again["bounds"] == results["bounds"]
+
+
+def _failing_after(function, count):
+    calls = []
+
+    def wrapped(*args):
+        calls.append(None)
+        if len(calls) > count:
+            raise KeyboardInterrupt
+        return function(*args)
+
+    return wrapped
