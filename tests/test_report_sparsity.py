@@ -10,9 +10,9 @@ from dsmoe.sparsify import sweep
 def test_an_interrupted_sweep_goes_on(tiny_model, held_out_corpus_dir, tmp_path, monkeypatch):
     model = tiny_model(vocab_size=300, router_initializer_range=0.5)
     save_pretrained(model, tmp_path / "model", None)
-    words = [str(tmp_path / "model"), "--data", str(held_out_corpus_dir), "--output", str(tmp_path / "sweep"), "--shares", "0.25,0.5",
-             "--bounds", "0.01", "--seeds", "0,1", "--calibration-tokens", "300", "--held-out-tokens", "300",
-             "--sequence-length", "16"]  # fmt: skip
+    words = [str(tmp_path / "model"), "--data", str(held_out_corpus_dir), "--output", str(tmp_path / "sweep")]
+    words += ["--shares", "0.25,0.5", "--bounds", "0.01", "--seeds", "0,1", "--sequence-length", "16"]
+    words += ["--calibration-tokens", "300", "--held-out-tokens", "300"]
     monkeypatch.setattr(sweep.Judge, "row", _failing_after(sweep.Judge.row, 5))
     assert sparsity.main(words) == 130
     kept = json.loads((tmp_path / "sweep" / "points.json").read_text())["points"]

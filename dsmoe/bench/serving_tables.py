@@ -135,36 +135,33 @@ def _errors(rows: list[dict[str, Any]]) -> list[str]:
 
 
 def draw(results: Mapping[str, Any], path: Path) -> None:
-    """Throughput against memory, one panel for each setting and engine, one marker for each model.
+    """Throughput against memory, one panel for each engine and setting, one marker for each model.
 
     Args:
         results: as above.
         path: PNG to write.
     """
-    rows = [row for row in results["rows"] if "error" not in row]
-    engines = list(dict.fromkeys(row["engine"] for row in results["rows"]))
-    settings = list(dict.fromkeys(map(_setting, results["rows"])))
-    plt = pyplot()
-    figure, axes = plt.subplots(
-        len(settings), len(engines), figsize=(3.4 * len(engines), 3.0 * len(settings)), squeeze=False
-    )
-    for line, setting in enumerate(settings):
-        for column, engine in enumerate(engines):
-            panel = axes[line][column]
-            for row in rows:
-                if (row["engine"], _setting(row)) == (engine, setting):
-                    colour, marker = _STYLES[row["kind"]]
-                    panel.scatter(
-                        row["model_memory_bytes"] / 1e6, row["tokens_per_second"], s=90,
-                        color=colour, marker=marker, label=row["model"],
-                    )  # fmt: skip
-            panel.set_title(f"{engine}, {setting}", fontsize=8)
-            panel.set_xlabel("model memory, MB")
-            panel.set_ylabel("tokens/s")
-            panel.set_xlim(0, 1.15 * panel.dataLim.x1 if panel.collections else None)
-            panel.set_ylim(0, 1.15 * panel.dataLim.y1 if panel.collections else None)
-            panel.grid(alpha=0.3)
-            if panel.get_legend_handles_labels()[0]:
-                panel.legend(fontsize=7, loc="lower right")
+    groups = dict.fromkeys((row["engine"], _setting(row)) for row in results["rows"])
+    columns = min(4, len(groups))
+    lines = -(-len(groups) // columns)
+    figure, axes = pyplot().subplots(lines, columns, figsize=(3.4 * columns, 3.0 * lines), squeeze=False)
+    for panel in axes.flat[len(groups) :]:
+        panel.set_axis_off()
+    for panel, group in zip(axes.flat, groups):
+        for row in results["rows"]:
+            if (row["engine"], _setting(row)) == group and "error" not in row:
+                colour, marker = _STYLES[row["kind"]]
+                panel.scatter(
+                    row["model_memory_bytes"] / 1e6, row["tokens_per_second"], s=90,
+                    color=colour, marker=marker, label=row["model"],
+                )  # fmt: skip
+        panel.set_title(f"{group[0]}\n{group[1]}", fontsize=8)
+        panel.set_xlabel("model memory, MB")
+        panel.set_ylabel("tokens/s")
+        panel.set_xlim(0, 1.15 * panel.dataLim.x1 if panel.collections else None)
+        panel.set_ylim(0, 1.15 * panel.dataLim.y1 if panel.collections else None)
+        panel.grid(alpha=0.3)
+        if panel.get_legend_handles_labels()[0]:
+            panel.legend(fontsize=7, loc="lower right")
     figure.tight_layout()
     save(figure, path)

@@ -47,7 +47,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="results.json, plots, and each measured point, so that an interrupted sweep goes on (default: beside the run)",
+        help="results.json, plots, and what an interrupted sweep goes on from (default: beside the run)",
     )
     add_record_arguments(parser)
     parser.add_argument("--shares", type=_numbers, default=None, metavar="LIST",
