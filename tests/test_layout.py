@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     {"errors"},
-    {"files", "environment"},
+    {"files", "environment", "allocator"},
     *(
         {name}
         for name in [

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsmoe.allocator import keep_freed_memory
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.evaluation.table import acc_norm_note, results_table, task_average
 
@@ -83,6 +84,7 @@ def run(args: argparse.Namespace) -> None:
     from dsmoe.evaluation.loading import check_path
     from dsmoe.evaluation.results import ResultsFile
 
+    keep_freed_memory()
     for path in models.values():
         check_path(path)  # all of them before the first is scored
     seeds = {"python": args.seed, "numpy": args.seed, "torch": args.seed, "fewshot": args.seed}

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
+from dsmoe.allocator import keep_freed_memory
 from dsmoe.checkpoint.pretrained import load_pretrained
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.environment import describe
@@ -80,6 +81,7 @@ def run(args: argparse.Namespace, words: str) -> None:
     finished = [run for run in study.runs if (args.output / run.name / "summary.json").exists()]
     if not finished:
         raise UserError(f"{args.output}: no finished run of {args.study}; train/study.py makes them")
+    keep_freed_memory()
     texts = Texts(args)
     shares = sorted({*args.shares, *_trained_shares(args.output, finished)})
     rows = []

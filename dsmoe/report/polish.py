@@ -13,6 +13,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from dsmoe.accounting.table import markdown_table
+from dsmoe.allocator import keep_freed_memory
 from dsmoe.checkpoint.pretrained import load_pretrained
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.environment import describe
@@ -65,6 +66,7 @@ def run(args: argparse.Namespace, words: str) -> None:
         raise UserError(
             f"{args.polished}: no folder with a sparsity.json there; name a folder of `dsmoe polish`"
         )
+    keep_freed_memory()
     text = sample_corpus(TokenCorpus(args.data), args.split, args.tokens, args.sequence_length, 16, 0)
     before, _ = load_pretrained(args.checkpoint, torch.float32)
     after, _ = load_pretrained(args.polished / "final", torch.float32)

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from dsmoe.allocator import keep_freed_memory
 from dsmoe.checkpoint.pretrained import load_pretrained
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.environment import describe
@@ -82,6 +83,7 @@ def run(args: argparse.Namespace, words: str) -> None:
     tasks = parse_tasks(args.tasks) if args.tasks else []
     if args.record and args.record.exists() and not args.overwrite:
         raise UserError(f"{args.record}: the record exists; pass --overwrite to replace it")
+    keep_freed_memory()
     model, folder = load_pretrained(args.checkpoint, torch.float32)
     model.eval()
     args.output = args.output or folder.parent / "sparsity-sweep"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from dsmoe.allocator import keep_freed_memory
 from dsmoe.checkpoint.pretrained import load_pretrained
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.data.documents import read_texts
@@ -42,6 +43,7 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Sparsify as the arguments say; raises UserError on bad input, before anything is written."""
     _check(args)
+    keep_freed_memory()
     model, folder = load_pretrained(args.checkpoint, torch.float32)
     found = (
         _by_hand(args, model, folder)

@@ -6,6 +6,7 @@ from pathlib import Path
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
 
+from dsmoe.allocator import keep_freed_memory
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError
 from dsmoe.trainer.zero_setup import (
@@ -35,6 +36,7 @@ def start(config: RunConfig) -> Accelerator:
     if on_cpu:
         # before DeepSpeed is imported, which transformers does when it saves the first checkpoint
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        keep_freed_memory()
     with launcher_set_aside():
         plugin = None
         if num_processes > 1 and config.train.sharding in STAGES:
