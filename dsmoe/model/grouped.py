@@ -118,14 +118,16 @@ def grouped_experts(
     Returns:
         [T, D], in autocast's dtype where autocast is on, otherwise in that of `x_TD`.
     """
-    device = x_TD.device.type
+    # with cold caches, asking a tensor for its device's name takes as long as reading 500 kB of weights
+    device = "cpu" if x_TD.is_cpu else x_TD.device.type
     if torch.is_autocast_enabled(device):
         x_TD = x_TD.to(torch.get_autocast_dtype(device))
-    given = (x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
-    if torch.compiler.is_compiling() and not torch.is_grad_enabled():
-        return torch.ops.dsmoe.grouped_experts(*given)
-    y_TD = inference_experts(*given)
-    return _portable(*given) if y_TD is None else y_TD
+    if not torch.is_grad_enabled() and torch.compiler.is_compiling():
+        return torch.ops.dsmoe.grouped_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+    y_TD = inference_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+    if y_TD is None:
+        y_TD = _portable(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+    return y_TD
 
 
 def _portable(

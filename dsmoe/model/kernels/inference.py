@@ -70,7 +70,9 @@ def forward(
         assert expert_mask_TN.shape == (tokens, num_experts) and expert_mask_TN.dtype is torch.bool
         mask = expert_mask_TN.contiguous()
     out_TD = torch.empty_like(x_TD)
-    threads = min(torch.get_num_threads(), 1 + 3 * down_NFD.nbytes // _MIN_BYTES_PER_THREAD)
+    threads = torch.get_num_threads()
+    if threads > 1:
+        threads = min(threads, 1 + 3 * down_NFD.nbytes // _MIN_BYTES_PER_THREAD)
     assert (up_scales_NH is not None) == (up_NHD.dtype is torch.int8) == (down_scales_NF is not None)
     _functions[x_TD.dtype, up_NHD.dtype](
         x_TD.data_ptr(),
@@ -88,14 +90,14 @@ def forward(
 
 def is_covered(x_TD: Tensor, gates_TN: Tensor | None, up_NHD: Tensor, down_NFD: Tensor) -> bool:
     """Whether the kernel computes this: the dtype, ordinary tensors in CPU memory, no gradient wanted."""
-    dtype = x_TD.dtype
-    if dtype not in DTYPES or down_NFD.dtype is not up_NHD.dtype or up_NHD.dtype not in (dtype, torch.int8):
+    dtype, weights = x_TD.dtype, up_NHD.dtype
+    if dtype not in DTYPES or down_NFD.dtype is not weights or (weights is not dtype and weights is not torch.int8):
         return False
     if not (x_TD.is_cpu and up_NHD.is_cpu and up_NHD.is_contiguous() and down_NFD.is_contiguous()):
         return False
     if type(x_TD) is not Tensor or is_in_torch_dispatch_mode():
         return False  # stands for another tensor, or somebody records or counts operations
-    if up_NHD.dtype is torch.bfloat16 and (x_TD.shape[1] % 2 or _is_for_amx(x_TD.shape[0])):
+    if weights is torch.bfloat16 and (x_TD.shape[1] % 2 or _is_for_amx(x_TD.shape[0])):
         return False  # pairs of numbers are multiplied at a time
     return not torch.is_grad_enabled() or not (
         x_TD.requires_grad
