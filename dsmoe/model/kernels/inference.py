@@ -91,7 +91,11 @@ def forward(
 def is_covered(x_TD: Tensor, gates_TN: Tensor | None, up_NHD: Tensor, down_NFD: Tensor) -> bool:
     """Whether the kernel computes this: the dtype, ordinary tensors in CPU memory, no gradient wanted."""
     dtype, weights = x_TD.dtype, up_NHD.dtype
-    if dtype not in DTYPES or down_NFD.dtype is not weights or (weights is not dtype and weights is not torch.int8):
+    if (
+        dtype not in DTYPES
+        or down_NFD.dtype is not weights
+        or (weights is not dtype and weights is not torch.int8)
+    ):
         return False
     if not (x_TD.is_cpu and up_NHD.is_cpu and up_NHD.is_contiguous() and down_NFD.is_contiguous()):
         return False
