@@ -33,6 +33,9 @@ COMMANDS = {
     "data": Command("dsmoe.data.command", "prepare and verify token folders, fetch text and benchmarks"),
     "plan": Command("dsmoe.planner.command", "say which model to train under a memory and a compute budget"),
     "fit": Command("dsmoe.planner.fit.command", "fit a scaling law to measured runs"),
+    "split": Command(
+        "dsmoe.convert.command", "cut a dense checkpoint into experts, as the start of a DS-MoE", True
+    ),
     "sparsify": Command("dsmoe.sparsify.command", "give a checkpoint a sparse routing policy", True),
     "polish": Command(
         "dsmoe.sparsify.polish", "fine-tune a run shortly with the policies of sparse checkpoints", True

@@ -57,6 +57,17 @@ def describe() -> dict[str, Any]:
     return {"versions": versions(), "hardware": hardware()}
 
 
+def tell_deepspeed() -> None:
+    """Name the accelerator to DeepSpeed before transformers imports it, which it does when it saves a model.
+
+    Left to find out by itself that there is a CPU only, DeepSpeed prints a warning into the output of the command.
+    """
+    import torch
+
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
 def _cpu_name() -> str:
     info = Path("/proc/cpuinfo")
     if info.exists():

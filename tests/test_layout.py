@@ -25,6 +25,7 @@ ORDER = (
             "trainer",
             "sparsify",
             "export",
+            "convert",
             "serving",
             "evaluation",
             "bench",

@@ -11,6 +11,7 @@ from transformers import PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from dsmoe.config import DSMoEConfig
+from dsmoe.environment import tell_deepspeed
 from dsmoe.errors import UserError
 from dsmoe.files import new_folder, read_json, write_json, write_text
 from dsmoe.model import DSMoEForCausalLM
@@ -56,6 +57,7 @@ def write_pretrained(
         shim: write the auto_map shim (for model_type "dsmoe").
         weights: the whole weights, where the model holds only a part of them.
     """
+    tell_deepspeed()
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:

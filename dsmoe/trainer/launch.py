@@ -8,6 +8,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 
 from dsmoe.allocator import keep_freed_memory
 from dsmoe.config.run import RunConfig
+from dsmoe.environment import tell_deepspeed
 from dsmoe.errors import UserError
 from dsmoe.trainer.zero_setup import (
     STAGES,
@@ -33,9 +34,8 @@ def start(config: RunConfig) -> Accelerator:
     # a single process has no group; naming a backend would make accelerate look for one
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     settle_sharding(config.train)
+    tell_deepspeed()
     if on_cpu:
-        # before DeepSpeed is imported, which transformers does when it saves the first checkpoint
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
         keep_freed_memory()
     with launcher_set_aside():
         plugin = None
