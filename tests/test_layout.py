@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     {"errors"},
-    {"files", "environment", "allocator"},
+    {"files", "environment", "allocator", "figures"},
     *(
         {name}
         for name in [

@@ -50,6 +50,7 @@ summary = {"kind": kind, "seed": seed, "tokens": int(options["--train.total_toke
            "config": {"model": {"hidden_size": int(options["--model.hidden_size"])}}}
 if kind == "dsmoe":
     summary["validation_loss_sparse"] = loss - 0.25
+(folder / "log.jsonl").write_text(json.dumps({"step": 1, "lm_loss": loss, "router": {"mlp": [1, 2]}}) + "\\n")
 (folder / "summary.json").write_text(json.dumps(summary))
 """
 
@@ -111,6 +112,10 @@ def test_a_record_says_what_is_missing(study, tmp_path):
     assert "PARTIAL: 8 of 10 runs are missing. Nothing follows." in text
     record = json.loads((tmp_path / "record" / "record.json").read_text())
     assert len(record["missing"]) == 8
+    logs = [json.loads(line) for line in (tmp_path / "record" / "logs.jsonl").read_text().splitlines()]
+    assert logs[0] == {"run": "dsmoe-small-1k-s0", "step": 1, "lm_loss": 3.5}
+    assert [line["run"] for line in logs] == ["dsmoe-small-1k-s0", "dsmoe-small-1k-s1"]
+    assert (tmp_path / "record" / "losses.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "runs" / "mended").touch()
     assert main(options) == 0
     assert "PARTIAL" not in (tmp_path / "record" / "README.md").read_text()

@@ -4,12 +4,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from dsmoe.planner.plots import DENSE, DSMOE, SMOE_COLOURS, pyplot, save
+from dsmoe.figures import KIND_COLOURS, pyplot, save_figure
+from dsmoe.planner.plots import SMOE_COLOURS
 
 _STYLES = {
-    "dense": (DENSE, "s"),
+    "dense": (KIND_COLOURS["dense"], "s"),
     "smoe": (SMOE_COLOURS[3], "^"),
-    "dsmoe": (DSMOE, "*"),
+    "dsmoe": (KIND_COLOURS["dsmoe"], "*"),
     "extra": ("#777777", "o"),
 }
 
@@ -164,4 +165,4 @@ def draw(results: Mapping[str, Any], path: Path) -> None:
         if panel.get_legend_handles_labels()[0]:
             panel.legend(fontsize=7, loc="lower right")
     figure.tight_layout()
-    save(figure, path)
+    save_figure(figure, path)

@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dsmoe.figures import pyplot, save_figure
+
 # the claims of the training engine: largest ratios, without and with recompute
 GOALS = {
     False: {"time": 1.05, "saved": 0.60},
@@ -89,11 +91,7 @@ def growth_plot(growth: Mapping[str, Any], path: str | Path) -> None:
         growth: of `dsmoe.bench.training.measure_growth`.
         path: the PNG.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     figure, panels = plt.subplots(1, len(growth), figsize=(3.4 * len(growth), 3.4))
     for axes, (quantity, points) in zip(panels, growth.items()):
         values = [point["value"] for point in points]
@@ -108,9 +106,4 @@ def growth_plot(growth: Mapping[str, Any], path: str | Path) -> None:
     panels[0].set_ylabel("time of a step / dense at the first point")
     panels[0].legend(fontsize=9)
     figure.tight_layout()
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(beside, dpi=130)
-    plt.close(figure)
-    beside.replace(path)
+    save_figure(figure, path)

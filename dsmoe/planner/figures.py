@@ -4,12 +4,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsmoe.figures import KIND_COLOURS, pyplot, save_figure
 from dsmoe.planner.lawfile import PlanningLaw
 from dsmoe.planner.limits import Limits
 from dsmoe.planner.memory import Serving
 from dsmoe.planner.optimum import minimise, optimise
 from dsmoe.planner.plan import candidate_families
-from dsmoe.planner.plots import DSMOE, draw_memory, geometric, label, plain_ticks, pyplot, save, style
+from dsmoe.planner.plots import draw_memory, geometric, label, plain_ticks, style
 from dsmoe.planner.shapes import Family
 
 CONTEXT = 16_384
@@ -55,7 +56,7 @@ def figure_memory(law: PlanningLaw, budgets: Sequence[float], path: Path) -> dic
     figure.legend(
         handles, names, fontsize=9, loc="upper center", bbox_to_anchor=(0.5, 0.01), ncols=len(names)
     )
-    save(figure, path)
+    save_figure(figure, path)
     return found
 
 
@@ -115,7 +116,7 @@ def figure_isoflop(law: PlanningLaw, budgets: Sequence[float], path: Path) -> di
     axes.set_ylabel("loss (nats per token)")
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
     axes.legend(fontsize=8, loc="center left", bbox_to_anchor=(1.01, 0.5))
-    save(figure, path)
+    save_figure(figure, path)
     return {"optima": found}
 
 
@@ -136,7 +137,7 @@ def figure_inference(law: PlanningLaw, flops: float, memory_gb: float, path: Pat
         }
         for axes, other in zip(panels[1:], laws)
     ]
-    save(figure, path)
+    save_figure(figure, path)
     return {"flops": flops, "memory_gb": memory_gb, "curves": lines, "maps": maps}
 
 
@@ -194,11 +195,11 @@ def _draw_winners(
             found.append({"memory_gb": memory, "inference_tokens": demand, **kept})
             row.append(kinds.index(best["kind"]))
             if best["kind"] != "dsmoe" and any(name.startswith("DS-MoE") for name in best["ties"]):
-                axes.plot(demand, memory, ".", color=DSMOE, markersize=5)
+                axes.plot(demand, memory, ".", color=KIND_COLOURS["dsmoe"], markersize=5)
             if best["kind"] == "dsmoe" and best["ties"]:
                 axes.plot(demand, memory, ".", color="white", markersize=5)
         cells.append(row)
-    colours = ("#9a9a9a", "#8ab8dc", DSMOE)
+    colours = ("#9a9a9a", "#8ab8dc", KIND_COLOURS["dsmoe"])
     axes.pcolormesh(
         demands, memories, cells, cmap=ListedColormap(colours), vmin=-0.5, vmax=2.5, shading="nearest"
     )

@@ -6,13 +6,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+from dsmoe.figures import KIND_COLOURS, pyplot, save_figure
 from dsmoe.planner.lawfile import PlanningLaw
 from dsmoe.planner.limits import Limits
 from dsmoe.planner.optimum import optimise
 from dsmoe.planner.plan import Plan
 from dsmoe.planner.shapes import KINDS, Family
 
-DENSE, DSMOE = "#222222", "#d1495b"
 SMOE_COLOURS = ("#c6dbef", "#8ab8dc", "#5a98cb", "#2f74b0", "#12508d", "#08306b")
 POINTS = 60
 
@@ -20,9 +20,9 @@ POINTS = 60
 def style(family: Family, families: Sequence[Family]) -> dict[str, Any]:
     """Colour and line of a family: dense black, SMoE from light to dark blue with experts, DS-MoE dashed red."""
     if family.kind == "dense":
-        return {"color": DENSE, "linewidth": 2.0}
+        return {"color": KIND_COLOURS["dense"], "linewidth": 2.0}
     if family.kind == "dsmoe":
-        return {"color": DSMOE, "linewidth": 2.0, "linestyle": "--"}
+        return {"color": KIND_COLOURS["dsmoe"], "linewidth": 2.0, "linestyle": "--"}
     counts = sorted({other.num_experts for other in families if other.kind == "smoe"})
     place = counts.index(family.num_experts) / max(1, len(counts) - 1)
     return {"color": SMOE_COLOURS[1 + round(place * (len(SMOE_COLOURS) - 2))], "linewidth": 1.6}
@@ -33,29 +33,6 @@ def label(family: Family, law: PlanningLaw) -> str:
     if family.kind != "dsmoe" or law.fit.term.fitted:
         return family.name
     return f"{family.name} (assumed, eta {law.fit.eta(family):g})"
-
-
-def pyplot() -> Any:
-    """matplotlib.pyplot with a backend that needs no screen."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
-    return plt
-
-
-def save(figure: Any, path: str | Path) -> None:
-    """Write a PNG beside its place and rename it into it."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.tmp.png")
-    try:
-        figure.savefig(beside, dpi=130, bbox_inches="tight")
-        beside.replace(path)
-    finally:
-        beside.unlink(missing_ok=True)
-        pyplot().close(figure)
 
 
 def memory_curve(
@@ -147,4 +124,4 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     budget = f", {limits.flops:.3g} FLOPs" if limits.flops else ""
     axes.set_title(f"Loss against memory{budget} (law: {plan.law.name})", fontsize=10)
     axes.legend(fontsize=8)
-    save(figure, path)
+    save_figure(figure, path)

@@ -5,15 +5,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from matplotlib import pyplot as plt
-
 from dsmoe.accounting.table import markdown_table
-from dsmoe.report.plots import save_figure
+from dsmoe.figures import KIND_COLOURS, pyplot, save_figure
 from dsmoe.trainer.seeds import spread
 
 Row = Mapping[str, Any]
 MOST_ACTIVE = 0.36  # "a third": the largest share of the headline's gap to the dense twin
-COLOURS = {"dense": "#222222", "smoe": "#2f74b0", "dsmoe": "#d1495b"}
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
@@ -142,6 +139,7 @@ def _mean(value: Row, sign: bool = False) -> str:
 
 def budgets_plot(results: Row, path: Path) -> None:
     """Test loss against the active share of the MLP; the dense models as lines."""
+    plt = pyplot()
     figure, axes = plt.subplots(figsize=(7.5, 4.8))
     arms = defaultdict(list)
     for row in results["runs"]:
@@ -150,7 +148,7 @@ def budgets_plot(results: Row, path: Path) -> None:
         kind = rows[0]["kind"]
         if kind == "dense":
             level = sum(row["test_loss"] for row in rows) / len(rows)
-            axes.axhline(level, color=COLOURS[kind], linestyle="--", linewidth=1)
+            axes.axhline(level, color=KIND_COLOURS[kind], linestyle="--", linewidth=1)
             place: dict[str, Any] = {
                 "xycoords": ("axes fraction", "data"),
                 "ha": "right",
@@ -166,7 +164,7 @@ def budgets_plot(results: Row, path: Path) -> None:
         axes.errorbar(
             [sum(row["mlp_active_fraction"] for row in same) / len(same) for same in points],
             [loss["mean"] or 0.0 for loss in losses], yerr=[loss["stderr"] or 0.0 for loss in losses],
-            color=COLOURS[kind], marker="o" if kind == "dsmoe" else "^", label=arm, capsize=2,
+            color=KIND_COLOURS[kind], marker="o" if kind == "dsmoe" else "^", label=arm, capsize=2,
         )  # fmt: skip
     axes.set_xlabel("active share of the MLP")
     axes.set_ylabel("test loss (nats per token)")

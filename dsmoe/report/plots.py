@@ -4,25 +4,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
-
-matplotlib.use("Agg")
-
 import numpy as np
-from matplotlib import pyplot as plt
-from matplotlib.figure import Figure
+
+from dsmoe.figures import pyplot, save_figure
 
 COLOURS = {"dense": "#1f3b73", "dense-active": "#8aa1c9", "dsmoe": "#d1495b", "dsmoe-sparse": "#edae49"}
-
-
-def save_figure(figure: Figure, path: str | Path) -> None:
-    """Write beside and rename."""
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(beside, dpi=130, bbox_inches="tight")
-    plt.close(figure)
-    beside.replace(path)
 
 
 def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Path) -> None:
@@ -32,7 +18,7 @@ def loss_curves(logs: Mapping[str, Sequence[Mapping[str, Any]]], path: str | Pat
         logs: name to the lines of its log.jsonl.
         path: the PNG.
     """
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 4.2))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 4.2))
     for name, lines in logs.items():
         colour = COLOURS.get(name)
         train = [(line["tokens"], line["lm_loss"]) for line in lines if "lm_loss" in line]
@@ -76,7 +62,7 @@ def quality_against_active(
         frontiers: name of a rule to points of `dsmoe.sparsify.frontier`.
         path: the PNG.
     """
-    figure, axes = plt.subplots(figsize=(7.5, 4.8))
+    figure, axes = pyplot().subplots(figsize=(7.5, 4.8))
     styles = ("-", "--", ":")
     for (name, points), style in zip(frontiers.items(), styles):
         ordered = sorted(points, key=lambda point: point["num_params_active"])
@@ -126,7 +112,7 @@ def expert_use(report: Mapping[str, Any], path: str | Path) -> None:
     """
     rows = [row["mlp"] for row in report["per_layer"]]
     layers = np.arange(len(rows))
-    figure, (left, right) = plt.subplots(1, 2, figsize=(11, 3.6 + 0.15 * len(rows)))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(11, 3.6 + 0.15 * len(rows)))
     left.barh(layers, [row["mean"] for row in rows], color=COLOURS["dsmoe-sparse"], label="mean")
     left.hlines(
         layers,

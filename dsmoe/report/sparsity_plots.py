@@ -5,9 +5,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from matplotlib import pyplot as plt
 
-from dsmoe.report.plots import save_figure
+from dsmoe.figures import pyplot, save_figure
 
 Row = Mapping[str, Any]
 STYLES = {
@@ -23,7 +22,7 @@ STYLES = {
 
 def frontier_plot(results: Row, path: Path) -> None:
     """Loss increase against active parameters, and against the share of experts that is deactivated (log scale)."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12.5, 4.8))
+    figure, (left, right) = pyplot().subplots(1, 2, figsize=(12.5, 4.8))
     names = list(dict.fromkeys((row["family"], row["score"]) for row in results["rows"]))
     for family, score in names:
         rows = sorted(
@@ -59,7 +58,9 @@ def frontier_plot(results: Row, path: Path) -> None:
 def layers_plot(results: Row, path: Path) -> None:
     """Active experts per layer near a third active: mean, and median to 95th percentile over tokens."""
     parts = results["layers_at_a_third"] or {}
-    figure, axes = plt.subplots(1, max(1, len(parts)), figsize=(6 * max(1, len(parts)), 4), squeeze=False)
+    figure, axes = pyplot().subplots(
+        1, max(1, len(parts)), figsize=(6 * max(1, len(parts)), 4), squeeze=False
+    )
     for axis, (part, rows) in zip(axes[0], parts.items()):
         layers = np.arange(len(rows["mean"]))
         axis.barh(layers, rows["mean"], color="#edae49", label="mean")
@@ -76,7 +77,9 @@ def layers_plot(results: Row, path: Path) -> None:
 def union_plot(results: Row, path: Path) -> None:
     """Distinct experts in chunks of tokens, per layer, near a third active: what tokens that run together read."""
     parts = results["layers_at_a_third"] or {}
-    figure, axes = plt.subplots(1, max(1, len(parts)), figsize=(6 * max(1, len(parts)), 4), squeeze=False)
+    figure, axes = pyplot().subplots(
+        1, max(1, len(parts)), figsize=(6 * max(1, len(parts)), 4), squeeze=False
+    )
     for axis, (part, rows) in zip(axes[0], parts.items()):
         experts = results["model"]["num_experts" if part == "mlp" else "num_attention_experts"]
         width = 0.8 / max(1, len(rows["union"]))

@@ -4,7 +4,7 @@ import argparse
 import fnmatch
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import write_json, write_text
 from dsmoe.records import write_record
 from dsmoe.study.launcher import launch
+from dsmoe.study.plot import losses_plot
 from dsmoe.study.spec import Study, read_study
 from dsmoe.study.tabulate import collect, table
 
@@ -21,7 +22,7 @@ EPILOG = """examples:
   python train/study.py configs/scaling/sweep.yaml --output runs/scaling --table-only --record eval/records/scaling-sweep
 
 Run it again after an interruption: finished runs are kept, the others go on from their last checkpoint. The output folder
-gets a folder per run, results.json and table.md.
+gets a folder per run, results.json, table.md and losses.png; a record also the runs' logs (logs.jsonl).
 """
 
 
@@ -85,6 +86,7 @@ def _run(args: argparse.Namespace) -> None:
     write_json(args.output / "results.json", results)
     if results["runs"]:
         write_text(args.output / "table.md", table(results) + "\n")
+        losses_plot(results, args.output / "losses.png")
         print(table(results))
         if args.record:
             _write_record(args, study, results)
@@ -96,6 +98,7 @@ def _run(args: argparse.Namespace) -> None:
 
 def _write_record(args: argparse.Namespace, study: Study, results: Mapping[str, Any]) -> None:
     """The record of what is finished; it says so where something is missing."""
+    write_text(args.output / "logs.jsonl", "".join(_logs(args.output, results)))
     missing = len(results["missing"])
     partial = f"PARTIAL: {missing} of {len(study.runs)} runs are missing. " if missing else ""
     write_record(
@@ -103,7 +106,15 @@ def _write_record(args: argparse.Namespace, study: Study, results: Mapping[str, 
         title=study.title,
         command=f"python train/study.py {args.study} --output {args.output} --record {args.record}",
         conclusion=f"{partial}{study.conclusion}\n\n{table(results)}",
-        files=[args.output / "results.json"],
+        files=[args.output / name for name in ("results.json", "losses.png", "logs.jsonl")],
         details={"data": results["environment"].get("corpus"), "missing": results["missing"]},
         overwrite=True,
     )
+
+
+def _logs(output: Path, results: Mapping[str, Any]) -> Iterator[str]:
+    """The log lines of the finished runs, each with the run's name; without the routers' statistics, which are long."""
+    for run in results["runs"]:
+        for line in (output / run["name"] / "log.jsonl").read_text(encoding="utf-8").splitlines():
+            fields = {name: value for name, value in json.loads(line).items() if name != "router"}
+            yield json.dumps({"run": run["name"], **fields}) + "\n"

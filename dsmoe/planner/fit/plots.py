@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from dsmoe.figures import pyplot, save_figure
 from dsmoe.planner.fit.fitting import LawFit
 from dsmoe.planner.fit.forms import Array
 from dsmoe.planner.laws import TIE_BAND
@@ -20,11 +21,7 @@ def residual_plot(fit: LawFit, path: str | Path, title: str = "") -> None:
         path: the PNG.
         title: above the plots.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
-
+    plt = pyplot()
     loss = np.array([run.loss for run in fit.runs])
     # the sweep's own order of size, as the held-out runs were chosen by it
     size = np.array([run.num_params_total for run in fit.runs])
@@ -51,12 +48,7 @@ def residual_plot(fit: LawFit, path: str | Path, title: str = "") -> None:
         axes.grid(alpha=0.3)
     if title:
         figure.suptitle(title)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_name(f".{path.stem}.tmp.png")
-    figure.savefig(beside, dpi=120)
-    plt.close(figure)
-    beside.replace(path)
+    save_figure(figure, path)
 
 
 def _held_out(fit: LawFit, axes: Any, loss: Array, colours: dict[float, Any]) -> None:
