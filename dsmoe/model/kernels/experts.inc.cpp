@@ -65,14 +65,14 @@ inline float scale_of(const float* scales, int64_t row) {
 
 // ---- few tokens ----
 
-// Dot products of R rows of weights with T vectors; asks for the lines of `ahead` meanwhile.
+// Dot products of R rows of weights with T vectors; asks for as many lines of the rows `ahead` meanwhile.
 template <typename Op, int R, int T>
 inline void dot_rows(const typename Op::Weight* const* rows, const typename Op::Input* const* x, int64_t size,
-                     const typename Op::Weight* ahead, float (*result)[FEW]) {
+                     const typename Op::Weight* const* ahead, float (*result)[FEW]) {
   vec sums[R][T] = {};
   int64_t d = 0;
   for (; d + Op::CHUNK <= size; d += Op::CHUNK) {
-    __builtin_prefetch(ahead + d, 0, 3);
+    for (int r = 0; r < R; ++r) __builtin_prefetch(ahead[r] + d, 0, 2);
     vec w[R];
     for (int r = 0; r < R; ++r) w[r] = Op::load_weight(rows[r] + d);
     for (int t = 0; t < T; ++t) {
@@ -89,26 +89,34 @@ inline void dot_rows(const typename Op::Weight* const* rows, const typename Op::
 }
 
 // Hidden units [first, last) of one expert for T tokens. `next` is where the work goes on afterwards.
+//
+// Each row is asked for while the row of the same kind of the block before is used: so memory delivers evenly, as many
+// bytes as are read, and all of them a block ahead.
 template <typename Op, int T>
 void few_tokens(const Shape& shape, const Expert<Op>& expert, const Kept<Op>& kept, int64_t first, int64_t last,
-                const typename Op::Weight* next) {
+                const Expert<Op>& next) {
   typedef typename Op::Weight Weight;
-  // hidden units at a time: many spare reading and writing y, few make for longer runs of memory
-  constexpr int UNITS = T <= 2 ? 2 : 4;
+  // hidden units at a time: many spare reading and writing y
+  constexpr int UNITS = 4;
   const int64_t size = shape.hidden;
   for (int64_t f = first; f < last; f += UNITS) {
     const int units = static_cast<int>(std::min<int64_t>(UNITS, last - f));
     const Weight* gate_rows = expert.up + f * size;
     const Weight* up_rows = shape.swiglu ? gate_rows + shape.width * size : gate_rows;
     const Weight* down_rows = expert.down + f * size;
+    const bool more = f + UNITS < last;
+    const Weight* next_gate = more ? gate_rows + UNITS * size : next.up;
+    const Weight* next_up = next_gate + (up_rows - gate_rows);
+    const Weight* next_down = more ? down_rows + UNITS * size : next.down;
     float gate[UNITS][FEW], up[UNITS][FEW], act[UNITS][FEW];
     for (int i = 0; i < units; ++i) {
       const Weight* rows[2] = {gate_rows + i * size, up_rows + i * size};
+      const Weight* ahead[2] = {next_gate + i * size, next_up + i * size};
       float h[2][FEW] = {};
       if (shape.swiglu) {
-        dot_rows<Op, 2, T>(rows, kept.x, size, down_rows + i * size, h);
+        dot_rows<Op, 2, T>(rows, kept.x, size, ahead, h);
       } else {
-        dot_rows<Op, 1, T>(rows, kept.x, size, down_rows + i * size, h);
+        dot_rows<Op, 1, T>(rows, kept.x, size, ahead, h);
       }
       const float gate_scale = scale_of<Op>(expert.up_scales, f + i);
       const float up_scale = shape.swiglu ? scale_of<Op>(expert.up_scales, shape.width + f + i) : 1.0f;
@@ -123,9 +131,6 @@ void few_tokens(const Shape& shape, const Expert<Op>& expert, const Kept<Op>& ke
         for (int t = 0; t < T; ++t) act[i][t] = 0.0f;
       }
     }
-    const bool more = f + UNITS < last;
-    const Weight* next_gate = more ? gate_rows + UNITS * size : next;
-    const Weight* next_up = next_gate + (up_rows - gate_rows);
     // a row that is not there is row 0 again, times zero
     const Weight* rows[UNITS];
     for (int i = 0; i < UNITS; ++i) rows[i] = down_rows + (i < units ? i : 0) * size;
@@ -134,8 +139,7 @@ void few_tokens(const Shape& shape, const Expert<Op>& expert, const Kept<Op>& ke
       vec w[UNITS];
       for (int i = 0; i < UNITS; ++i) {
         w[i] = widen(rows[i] + d);
-        __builtin_prefetch(next_gate + i * size + d, 0, 2);
-        __builtin_prefetch(next_up + i * size + d, 0, 2);
+        __builtin_prefetch(next_down + i * size + d, 0, 2);
       }
       for (int t = 0; t < T; ++t) {
         vec y = load_vec(kept.y[t] + d);
@@ -363,7 +367,7 @@ void many_tokens(const Shape& shape, const Expert<Op>& expert, const Kept<Op>& k
 
 template <typename Op>
 void compute(const Shape& shape, const Expert<Op>& expert, const Kept<Op>& kept, int64_t first, int64_t last,
-             const typename Op::Weight* next) {
+             const Expert<Op>& next) {
   switch (kept.count) {
     case 1: return few_tokens<Op, 1>(shape, expert, kept, first, last, next);
     case 2: return few_tokens<Op, 2>(shape, expert, kept, first, last, next);
@@ -421,6 +425,11 @@ void block_share(const Shape& shape, const typename Op::Input* x, const float* g
   const int64_t units = (shape.width + ROWS - 1) / ROWS;  // runs begin and end at multiples of ROWS
   const int64_t begin = cost * units * share / shares, end = cost * units * (share + 1) / shares;
   const int64_t up_size = shape.up_rows() * shape.hidden, down_size = shape.width * shape.hidden;
+  const auto expert_at = [&](int64_t e) -> Expert<Op> {
+    return {all.up + e * up_size, all.down + e * down_size,
+            Op::SCALED ? all.up_scales + e * shape.up_rows() : nullptr,
+            Op::SCALED ? all.down_scales + e * shape.width : nullptr};
+  };
   int64_t before = 0;
   const auto clip = [&](int64_t position, int64_t each) {
     const int64_t unit = each ? (position - before + each - 1) / each : 0;
@@ -434,11 +443,8 @@ void block_share(const Shape& shape, const typename Op::Input* x, const float* g
     if (first >= last) continue;
     int64_t next = e + 1;
     while (next < experts && starts[next + 1] == starts[next]) ++next;
-    const Expert<Op> expert = {all.up + e * up_size, all.down + e * down_size,
-                               Op::SCALED ? all.up_scales + e * shape.up_rows() : nullptr,
-                               Op::SCALED ? all.down_scales + e * shape.width : nullptr};
     const Kept<Op> kept = {xs + starts[e], ys + starts[e], weights + starts[e], starts[e + 1] - starts[e]};
-    compute<Op>(shape, expert, kept, first, last, all.up + (next < experts ? next : e) * up_size);
+    compute<Op>(shape, expert_at(e), kept, first, last, expert_at(next < experts ? next : e));
   }
 }
 
