@@ -163,6 +163,30 @@ def test_isolation_against_a_loop(corpus):
             position = 0 if token == EOS else position + 1
 
 
+@given(st.floats(0.01, 0.99), st.integers(0, 2**40))
+@SLOW_FIXTURE
+def test_a_part_of_the_text_comes_in_more_epochs(tmp_path, fraction, seed):
+    streams = {
+        name: {"train": tokens_of(length, i)} for i, (name, length) in enumerate([("a", 401), ("b", 200)])
+    }
+    corpus = write_corpus(tmp_path / "corpus", streams, weights=[1, 1])
+    loader = TrainLoader(corpus, sequence_length=4, seed=seed, unique_fraction=fraction)
+    located = [loader.locate(i) for i in range(BLOCK_SIZE)]
+    for name, windows in (("a", 100), ("b", 49)):
+        size = max(1, int(windows * fraction))
+        assert loader.num_windows[name] == size
+        own = [(epoch, window) for source, epoch, window in located if source == name]
+        seen = {window for _, window in own[:size]}
+        # every epoch shows the same windows, each once
+        assert len(seen) == size
+        assert all(0 <= window < windows for window in seen)
+        for start in range(0, len(own) - size + 1, size):
+            assert {window for _, window in own[start : start + size]} == seen
+            assert {epoch for epoch, _ in own[start : start + size]} == {start // size}
+    whole = TrainLoader(corpus, sequence_length=4, seed=seed)
+    assert loader.block_counts == whole.block_counts
+
+
 def test_permutation_is_pinned():
     # a change here would change every run that is resumed
     assert permutation(8, 0, 1, 2, 3).tolist() == [6, 3, 5, 1, 0, 7, 2, 4]
@@ -187,6 +211,8 @@ def test_largest_remainder(shares, total):
         ({"sequence_length": 97}, "source 'b' has 97 train tokens"),
         ({"sequence_length": 0}, "sequence_length is 0"),
         ({"seed": -1}, "seed is -1"),
+        ({"unique_fraction": 0.0}, "data.unique_fraction is 0.0"),
+        ({"unique_fraction": 1.5}, "data.unique_fraction is 1.5"),
         ({"split": "validation"}, "no split 'validation'; there are train"),
     ],
 )

@@ -36,6 +36,7 @@ class DataSettings:
         order_seed: seed of the order of the text; one for all arms and seeds of a comparison keeps it paired.
         first_sample: sample of that order to begin with: a run that continues another one skips what it has read.
         validation_split: which split validates: "validation" or "test".
+        unique_fraction: share of the training text that is ever read; below 1 it comes in more epochs.
     """
 
     path: str = ""
@@ -45,6 +46,7 @@ class DataSettings:
     order_seed: int = 0
     first_sample: int = 0
     validation_split: str = "validation"
+    unique_fraction: float = 1.0
 
 
 @dataclass

@@ -22,8 +22,8 @@ from dsmoe.errors import UserError
 __all__ = ["BLOCK_SIZE", "TrainLoader", "evaluation_batches", "text_batches"]
 
 BLOCK_SIZE = 1024
-# first word of each random key, so that the two kinds of draws never share one
-_BLOCK_ORDER, _WINDOW_ORDER = 0, 1
+# first word of each random key, so that no two kinds of draws share one
+_BLOCK_ORDER, _WINDOW_ORDER, _CHOSEN_WINDOWS = 0, 1, 2
 _Key = TypeVar("_Key")
 
 
@@ -38,14 +38,16 @@ class TrainLoader:
             null: the corpus' own weights.
         isolate_documents: restart position_ids after each eos, and mask the label of an eos.
         split: the split to read.
+        unique_fraction: share of every source's windows that is ever read, above 0 and at most 1: with less text each
+            window comes the more often, as where data is short. Which windows these are depends on the seed alone.
 
     Attributes:
-        num_windows: source name to windows of one epoch of it.
+        num_windows: source name to windows of one epoch of it (those that are read at all).
         block_counts: source name to samples in every block of 1,024.
 
     Raises:
         UserError: an unknown source or split, a source shorter than a window, or a positive weight so small
-            that a block would hold none of its samples.
+            that a block would hold none of its samples, or unique_fraction out of range.
     """
 
     def __init__(
@@ -57,11 +59,14 @@ class TrainLoader:
         weights: Mapping[str, float] | None = None,
         isolate_documents: bool = False,
         split: str = "train",
+        unique_fraction: float = 1.0,
     ):
         if sequence_length < 1:
             raise UserError(f"sequence_length is {sequence_length}; it must be at least 1 token")
         if seed < 0:
             raise UserError(f"seed is {seed}; it must not be negative")
+        if not 0 < unique_fraction <= 1:
+            raise UserError(f"data.unique_fraction is {unique_fraction}; it must be above 0 and at most 1")
         corpus.num_tokens(split)  # complains about an unknown split
         self.corpus = corpus
         self.sequence_length = sequence_length
@@ -83,10 +88,14 @@ class TrainLoader:
                     f"{corpus.folder}: the weight of source {name!r} is below {1 / BLOCK_SIZE:.4f} of the "
                     f"whole and rounds to no sample in {BLOCK_SIZE}; raise it, or set it to 0"
                 )
+        self._all_windows = self._windows
+        if unique_fraction < 1:
+            self._windows = [max(1, int(windows * unique_fraction)) for windows in self._windows]
         self.num_windows = dict(zip(names, self._windows))
         self.block_counts = dict(zip(names, self._counts))
         self._blocks: OrderedDict[int, tuple[np.ndarray, np.ndarray]] = OrderedDict()
         self._permutations: OrderedDict[tuple[int, int], np.ndarray] = OrderedDict()
+        self._choices: OrderedDict[int, np.ndarray] = OrderedDict()
 
     def locate(self, index: int) -> tuple[str, int, int]:
         """Where sample `index` (from 0) comes from: (source name, epoch of the source, window)."""
@@ -128,7 +137,10 @@ class TrainLoader:
         source = int(order[offset])
         local = block * self._counts[source] + int(rank[offset])
         epoch, position = divmod(local, self._windows[source])
-        return source, epoch, int(self._permutation(source, epoch)[position])
+        window = int(self._permutation(source, epoch)[position])
+        if self._windows[source] < self._all_windows[source]:
+            window = int(self._chosen(source)[window])
+        return source, epoch, window
 
     def _block(self, block: int) -> tuple[np.ndarray, np.ndarray]:
         """The source of each sample of a block, and how many samples of that source come before it there."""
@@ -142,6 +154,15 @@ class TrainLoader:
             return order, rank
 
         return _cached(self._blocks, block, draw, size=4)
+
+    def _chosen(self, source: int) -> np.ndarray:
+        """The windows of a source that are read at all, in the order of the text."""
+
+        def draw() -> np.ndarray:
+            order = permutation(self._all_windows[source], self.seed, _CHOSEN_WINDOWS, self._keys[source])
+            return np.sort(order[: self._windows[source]])
+
+        return _cached(self._choices, source, draw, size=len(self._windows))
 
     def _permutation(self, source: int, epoch: int) -> np.ndarray:
         # the key is the source's place in the corpus: leaving another source out does not change its order

@@ -54,6 +54,7 @@ class TrainingRun:
             seed=config.data.order_seed,
             weights=config.data.weights,
             isolate_documents=config.data.isolate_documents,
+            unique_fraction=config.data.unique_fraction,
         )
         self.micro_batches = self._micro_batches()
         set_seed(seed)
