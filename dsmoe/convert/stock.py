@@ -33,32 +33,38 @@ def load_dense(path: str | Path) -> tuple[DSMoEForCausalLM, Path, torch.dtype]:
         UserError: no model there, or one that is not of this architecture; the message says in what.
     """
     folder = Path(path)
+    if not folder.is_dir():
+        raise UserError(
+            f"{path}: no such folder; download a model of the Hub with `hf download NAME --local-dir DIR`"
+        )
     file = folder / "config.json"
     content = read_json(file) if file.exists() else {}
-    if not folder.is_dir() or not isinstance(content, dict) or content.get("model_type") not in QK_NORMS:
-        kind = content.get("model_type") if isinstance(content, dict) else None
-        if not folder.is_dir():
-            raise UserError(
-                f"{path}: no such folder; download a model of the Hub with `hf download NAME --local-dir DIR`"
-            )
-        if kind not in (None, DSMoEConfig.model_type) and not (folder / "final").is_dir():
-            raise UserError(
-                f"{path}: model_type is {kind!r}; a dense model is needed, of dsmoe, {', '.join(QK_NORMS)}"
-            )
-        model, folder = load_pretrained(folder, torch.float32)
-        return model, folder, _dtype(read_json(folder / "config.json"))
+    kind = content.get("model_type") if isinstance(content, dict) else None
+    if kind in QK_NORMS:
+        return _checked_twin(folder), folder, _dtype(content)
+    # the config.json of a run's folder is that of the run; the model is in final/
+    if kind not in (None, DSMoEConfig.model_type) and not (folder / "final").is_dir():
+        raise UserError(
+            f"{path}: model_type is {kind!r}; a dense model is needed, of dsmoe, {', '.join(QK_NORMS)}"
+        )
+    model, folder = load_pretrained(folder, torch.float32)
+    return model, folder, _dtype(read_json(folder / "config.json"))
+
+
+def _checked_twin(folder: Path) -> DSMoEForCausalLM:
+    """The twin of a stock model, after both gave the same logits on random tokens."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    _check_architecture(config, str(path))
+    _check_architecture(config, str(folder))
     stock = _load_stock(folder)
     model = twin_of(stock)
     tokens_BS = check_tokens(config.vocab_size, config.max_position_embeddings)
     agreement = compare(outputs_of(stock, tokens_BS), outputs_of(model, tokens_BS), None)
     if not agreement.max_relative_difference <= EXACT.largest:
         raise UserError(
-            f"{path}: as a dsmoe model it gives other logits (relative difference "
+            f"{folder}: as a dsmoe model it gives other logits (relative difference "
             f"{agreement.max_relative_difference:.1e}); its config.json must ask for something that is not known here"
         )
-    return model, folder, _dtype(content)
+    return model
 
 
 @torch.no_grad()
