@@ -2,7 +2,7 @@
 
 By default the C library returns every large block to Linux when it is freed and asks for it anew a moment later; Linux
 then hands out zeroed pages one by one. A training step on CPU, which frees and allocates gigabytes of activations,
-spends a third to half of its time on that.
+spends much of its time on that.
 """
 
 import ctypes
@@ -19,7 +19,7 @@ _SETTINGS = ("MALLOC_TRIM_THRESHOLD_", "MALLOC_MMAP_THRESHOLD_", "MALLOC_MMAP_MA
 def keep_freed_memory() -> bool:
     """Tell glibc to keep freed blocks below 1 GB for the next allocation; for commands that compute on CPU.
 
-    Not a bit of any result changes. The peak of memory rises by up to a third, since blocks of one size leave holes for
+    Not a bit of any result changes. The peak of memory rises, since blocks of one size leave holes for
     another: who lacks memory sets MALLOC_TRIM_THRESHOLD_=131072, glibc's own default, and nothing is done here.
 
     Returns:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.figures import KIND_COLOURS, pyplot, save_figure
+from dsmoe.study.tabulate import point_name
 
 
 def losses_plot(results: Mapping[str, Any], path: str | Path) -> None:
@@ -14,11 +15,11 @@ def losses_plot(results: Mapping[str, Any], path: str | Path) -> None:
         results: of `dsmoe.study.tabulate.collect`, with at least one run.
         path: the PNG.
     """
-    kinds = {_name(row): row["kind"] for row in results["runs"]}
+    kinds = {point_name(row): row["kind"] for row in results["runs"]}
     points = results["groups"]
     figure, axes = pyplot().subplots(figsize=(7.5, 1.2 + 0.28 * len(points)))
     for place, point in enumerate(points):
-        colour = KIND_COLOURS[kinds[_name(point)]]
+        colour = KIND_COLOURS[kinds[point_name(point)]]
         for split, marker in (("validation", "o"), ("test", "s")):
             loss = point.get(f"{split}_loss")
             if loss is not None:
@@ -26,7 +27,7 @@ def losses_plot(results: Mapping[str, Any], path: str | Path) -> None:
                     loss["mean"], place, xerr=loss["stderr"], fmt=marker, color=colour, markersize=5, capsize=3,
                     markerfacecolor=colour if split == "validation" else "white",
                 )  # fmt: skip
-    axes.set_yticks(range(len(points)), [_name(point) for point in points], fontsize=8)
+    axes.set_yticks(range(len(points)), [point_name(point) for point in points], fontsize=8)
     axes.invert_yaxis()
     axes.set_xlabel(
         "loss (nats per token): validation filled, test hollow; bars are standard errors over seeds"
@@ -34,7 +35,3 @@ def losses_plot(results: Mapping[str, Any], path: str | Path) -> None:
     axes.xaxis.label.set_fontsize(8)
     axes.grid(alpha=0.3, axis="x")
     save_figure(figure, path)
-
-
-def _name(point: Mapping[str, Any]) -> str:
-    return "-".join([point["group"], *point["labels"].values()])

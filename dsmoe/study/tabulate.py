@@ -57,6 +57,11 @@ def _point(row: Mapping[str, Any]) -> tuple[str, ...]:
     return (row["group"], *row["labels"].values())
 
 
+def point_name(row: Mapping[str, Any]) -> str:
+    """What the rows of all seeds have in common, as `StudyRun.point` writes it."""
+    return "-".join(_point(row))
+
+
 def _points(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], list[Mapping[str, Any]]]:
     points = defaultdict(list)
     for row in rows:
@@ -110,7 +115,7 @@ def table(results: Mapping[str, Any]) -> str:
         first = same[0]
         rows.append(
             [
-                "-".join([point["group"], *point["labels"].values()]),
+                point_name(point),
                 str(len(same)),
                 f"{first['tokens'] / 1e6:.2f}M",
                 f"{first['num_params_total'] / 1e6:.2f}M",
