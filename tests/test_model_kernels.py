@@ -110,7 +110,15 @@ def assert_matches_definition(kernel, grad, h, gates, mlp_type):
 def test_matches_definition(kernel, dtype, mlp_type, gated):
     if kernel is cpp and dtype not in cpp.DTYPES:
         pytest.skip("cpp leaves float64 to eager")
-    for num_tokens, num_experts, width in [(5, 3, 1), (1, 2, 3), (4, 1, 17), (7, 5, 64), (0, 3, 4)]:
+    for num_tokens, num_experts, width in [
+        (5, 3, 1),
+        (1, 2, 3),
+        (4, 1, 17),
+        (7, 5, 64),
+        (3, 2, 63),
+        (2, 4, 8),
+        (0, 3, 4),
+    ]:
         case = inputs(num_tokens, num_experts, width, mlp_type, gated, dtype)
         assert_matches_definition(kernel, *case, mlp_type)
 
