@@ -32,6 +32,7 @@ class InferencePlan:
 
     Attributes:
         decode_rounds: timed rounds of each case of decoding.
+        decode_layers: calls of a contestant in a row in decoding, each with other weights: a token's way through so many layers.
         prefill_rounds: timed rounds of each case of prefill.
         layers: (hidden size, experts, hidden units of one expert).
         kept: experts that a token keeps.
@@ -42,6 +43,7 @@ class InferencePlan:
     """
 
     decode_rounds: int
+    decode_layers: int
     prefill_rounds: int
     layers: tuple[tuple[int, int, int], ...]
     kept: tuple[int, ...]
@@ -52,17 +54,19 @@ class InferencePlan:
 
 
 FULL = InferencePlan(
-    decode_rounds=100,
+    decode_rounds=30,
+    decode_layers=8,
     prefill_rounds=15,
     layers=((512, 32, 64), (1024, 32, 128)),
     kept=(4, 8),
     batches=(1, 8),
     prefill_tokens=1024,
-    cold_bytes=300 << 20,
+    cold_bytes=600 << 20,
     model=FULL_MODEL,
 )
 QUICK = InferencePlan(
     decode_rounds=3,
+    decode_layers=2,
     prefill_rounds=2,
     layers=((32, 8, 8),),
     kept=(2,),
@@ -82,18 +86,24 @@ class Case:
         tokens: T.
         k: experts that a token keeps (threshold: in the mean).
         rounds: timed rounds.
+        layers: calls in a row.
     """
 
     phase: str
     tokens: int
     k: int
     rounds: int
+    layers: int
 
 
 def cases(plan: InferencePlan, phases: Sequence[str]) -> list[Case]:
     """The cases of every layer and dtype."""
-    decode = [Case("decode", tokens, k, plan.decode_rounds) for tokens in plan.batches for k in plan.kept]
-    prefill = [Case("prefill", plan.prefill_tokens, k, plan.prefill_rounds) for k in plan.kept]
+    decode = [
+        Case("decode", tokens, k, plan.decode_rounds, plan.decode_layers)
+        for tokens in plan.batches
+        for k in plan.kept
+    ]
+    prefill = [Case("prefill", plan.prefill_tokens, k, plan.prefill_rounds, 1) for k in plan.kept]
     return [case for case in decode + prefill if case.phase in phases]
 
 
@@ -133,11 +143,12 @@ def measure_layer(
 def _measure_case(
     weights: LayerWeights, case: Case, ceilings: Mapping[str, float], advance: Callable[[], Any]
 ) -> list[dict[str, Any]]:
-    # as many batches as rounds where they are small: every contestant meets the same ones
-    given = batches(weights, case.tokens, case.k, case.rounds + 1 if case.phase == "decode" else 2)
+    # as many batches as calls where they are small: every contestant meets the same ones
+    calls = (case.rounds + 1) * case.layers
+    given = batches(weights, case.tokens, case.k, calls if case.phase == "decode" else 2)
     peers, notes = _peers_that_run(weights, given[0])
     seconds = interleaved_seconds(
-        layer_steps(weights, given, peers), case.rounds, advance=advance, shuffle=True
+        layer_steps(weights, given, peers), case.rounds, advance=advance, shuffle=True, in_a_row=case.layers
     )
     best = min(peers, key=lambda name: statistics.median(seconds[name]), default=None)
     common = {
@@ -217,8 +228,10 @@ def _ratio_at_equal_work(
     def per_unit(name: str) -> list[float]:
         masks = [getattr(batch, name) for batch in given]
         work = [int(mask.any(0).sum() if case.phase == "decode" else mask.sum()) for mask in masks]
-        # the first call of every step was a round that isn't counted
-        return [value / work[(number + 1) % len(work)] for number, value in enumerate(seconds[name])]
+        # the first turn was a round that isn't counted
+        turns = ((number + 1) * case.layers for number in range(len(seconds[name])))
+        done = [sum(work[(first + call) % len(work)] for call in range(case.layers)) for first in turns]
+        return [case.layers * value / units for value, units in zip(seconds[name], done)]
 
     return ratio(per_unit(policy), per_unit("top_k"))["median"]
 

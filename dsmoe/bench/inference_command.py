@@ -51,6 +51,7 @@ def measure(
         "float32_matmul": choose_float32_matmul("auto"),
         "kernel": inference_kernel(),
         "decode_rounds": plan.decode_rounds,
+        "decode_layers": plan.decode_layers,
         "prefill_rounds": plan.prefill_rounds,
         "layers": [],
         "model": None,
@@ -117,7 +118,7 @@ def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -
         "--rounds",
         type=int,
         metavar="R",
-        help="timed rounds of each case (default: decode 100, prefill 15, model 12)",
+        help="timed rounds of each case (default: decode 30, prefill 15, model 12)",
     )
     parser.add_argument(
         "--quick", action="store_true", help="tiny sizes and few rounds, to see that it works"

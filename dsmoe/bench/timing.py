@@ -64,6 +64,7 @@ def interleaved_seconds(
     rounds_of: Mapping[str, int] | None = None,
     advance: Callable[[], Any] = lambda: None,
     shuffle: bool = False,
+    in_a_row: int = 1,
 ) -> dict[str, list[float]]:
     """Wall-clock seconds of each contestant, taken in turns so that a change of the machine's speed meets all.
 
@@ -71,12 +72,14 @@ def interleaved_seconds(
         steps: name to what is timed.
         rounds: timed rounds; one more before them isn't counted.
         rounds_of: fewer rounds of contestants that are too slow for all.
-        advance: called after each step (a progress bar).
+        advance: called after each turn (a progress bar).
         shuffle: another order each round, the same in every run. A step of microseconds is slower right after one
             that has filled the caches, so that in a fixed order the place would count.
+        in_a_row: steps of a contestant before the next one's turn, timed together. After another's turn the caches hold
+            neither the interpreter's code nor ours, which a program that does nothing else never meets.
 
     Returns:
-        Name to seconds of each round.
+        Name to seconds of a step in each round.
     """
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     order, generator = list(steps.items()), random.Random(0)
@@ -90,9 +93,10 @@ def interleaved_seconds(
                 if number >= (rounds_of or {}).get(name, rounds):
                     continue
                 start = time.perf_counter()
-                step()
+                for _ in range(in_a_row):
+                    step()
                 if number >= 0:
-                    seconds[name].append(time.perf_counter() - start)
+                    seconds[name].append((time.perf_counter() - start) / in_a_row)
                 advance()
     finally:
         gc.enable()

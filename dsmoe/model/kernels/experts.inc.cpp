@@ -17,6 +17,7 @@ constexpr int TILE_TOKENS = 6;   // tokens and
 constexpr int TILE_VECTORS = 4;  // vectors at a time in the second product
 #endif
 constexpr int PANEL_VECTORS = 3;  // vectors of tokens at a time in the first product
+constexpr int PANEL_TOKENS = PANEL_VECTORS * LANES;
 constexpr int TILE = TILE_VECTORS * LANES;
 constexpr int64_t MANY_UNITS = 128;  // hidden units whose activations are held at a time
 constexpr int64_t STAGE_PADDING = 16;  // rows a multiple of 4096 bytes apart would share cache lines
@@ -188,17 +189,17 @@ inline void transpose(const float* const* rows, int64_t offset, float* out, int6
 #endif
 }
 
-// x of `count` tokens as [depth][stride] 32-bit numbers, tokens last; those that fill up the last vector repeat a token.
+// x of a panel of `count` tokens as [depth][PANEL_TOKENS] 32-bit numbers; those that fill up the last vector repeat a token.
 template <typename Op>
-void pack_tokens(const typename Op::Input* const* x, int64_t count, int64_t depth, float* out, int64_t stride) {
+void pack_tokens(const typename Op::Input* const* x, int64_t count, int64_t depth, float* out) {
   for (int64_t first = 0; first < count; first += LANES) {
     const float* rows[LANES];
     for (int i = 0; i < LANES; ++i)
       rows[i] = reinterpret_cast<const float*>(x[std::min<int64_t>(first + i, count - 1)]);
     int64_t k = 0;
-    for (; k + LANES <= depth; k += LANES) transpose(rows, k, out + k * stride + first, stride);
+    for (; k + LANES <= depth; k += LANES) transpose(rows, k, out + k * PANEL_TOKENS + first, PANEL_TOKENS);
     for (; k < depth; ++k)
-      for (int i = 0; i < LANES; ++i) std::memcpy(out + k * stride + first + i, rows[i] + k, 4);
+      for (int i = 0; i < LANES; ++i) std::memcpy(out + k * PANEL_TOKENS + first + i, rows[i] + k, 4);
   }
 }
 
@@ -214,12 +215,11 @@ inline void stage_row(const typename Op::Weight* row, float scale, float* out, i
 
 // Products of ROWS staged rows with V vectors of tokens.
 template <typename Op, int V>
-inline void first_product(const float* x, int64_t stride, const float* rows, int64_t row_stride, int64_t depth,
-                          float (*out)[PANEL_VECTORS * LANES]) {
+inline void first_product(const float* x, const float* rows, int64_t row_stride, int64_t depth, float (*out)[PANEL_TOKENS]) {
   vec sums[ROWS][V] = {};
   for (int64_t k = 0; k < depth; ++k) {
     vec v[V];
-    for (int i = 0; i < V; ++i) v[i] = load_vec(x + k * stride + i * LANES);
+    for (int i = 0; i < V; ++i) v[i] = load_vec(x + k * PANEL_TOKENS + i * LANES);
 #pragma GCC unroll 8
     for (int r = 0; r < ROWS; ++r) {
       const vec w = broadcast(rows[r * row_stride + k]);
@@ -294,7 +294,13 @@ inline void second_product(const float* act, int64_t stride, const float* down, 
   }
 }
 
-// Hidden units [first, last) of one expert for all tokens of a panel (x packed, `count` of them).
+// Asks for one part out of `parts` of memory that is read soon.
+inline void ask(const void* memory, int64_t bytes, int64_t part, int64_t parts) {
+  const char* first = static_cast<const char*>(memory);
+  for (int64_t b = bytes * part / parts; b < bytes * (part + 1) / parts; b += 64) __builtin_prefetch(first + b, 0, 2);
+}
+
+// Hidden units [first, last) of one expert for `count` tokens, whose x is packed panel by panel ([depth][PANEL_TOKENS]).
 template <typename Op>
 void panel(const Shape& shape, const Expert<Op>& expert, const Kept<Op>& kept, const float* x, int64_t stride,
            int64_t first, int64_t last) {
@@ -302,6 +308,8 @@ void panel(const Shape& shape, const Expert<Op>& expert, const Kept<Op>& kept, c
   const int64_t depth = shape.hidden / Op::PAIR, row_stride = depth + STAGE_PADDING;
   const int64_t step = shape.swiglu ? ROWS / 2 : ROWS;
   const int64_t padded = (last - first + step - 1) / step * step;
+  const int64_t rows_bytes = step * shape.hidden * static_cast<int64_t>(sizeof(typename Op::Weight));
+  const int64_t panels = (kept.count + PANEL_TOKENS - 1) / PANEL_TOKENS;
   float* stage = stage_memory.get(ROWS * row_stride);
   float* act = act_memory.get(padded / Op::PAIR * stride);
   float* down = down_memory.get(padded / Op::PAIR * TILE);
@@ -310,13 +318,19 @@ void panel(const Shape& shape, const Expert<Op>& expert, const Kept<Op>& kept, c
       const int64_t unit = std::min(f + r % step, last - 1) + (r < step ? 0 : shape.width);
       stage_row<Op>(expert.up + unit * shape.hidden, scale_of<Op>(expert.up_scales, unit), stage + r * row_stride, depth);
     }
-    for (int64_t t = 0; t < kept.count; t += PANEL_VECTORS * LANES) {
-      float h[ROWS][PANEL_VECTORS * LANES], a[ROWS][PANEL_VECTORS * LANES], gates[PANEL_VECTORS * LANES] = {};
-      const int64_t tokens = std::min<int64_t>(PANEL_VECTORS * LANES, kept.count - t);
+    for (int64_t t = 0; t < kept.count; t += PANEL_TOKENS) {
+      float h[ROWS][PANEL_TOKENS], a[ROWS][PANEL_TOKENS], gates[PANEL_TOKENS] = {};
+      const int64_t tokens = std::min<int64_t>(PANEL_TOKENS, kept.count - t);
       const int64_t vectors = (tokens + LANES - 1) / LANES;
-      if (vectors == 3) first_product<Op, 3>(x + t, stride, stage, row_stride, depth, h);
-      if (vectors == 2) first_product<Op, 2>(x + t, stride, stage, row_stride, depth, h);
-      if (vectors == 1) first_product<Op, 1>(x + t, stride, stage, row_stride, depth, h);
+      // each panel asks for a part of the next step's rows and of this step's rows of down: asked for at once, they would be waited for
+      const int64_t number = t / PANEL_TOKENS;
+      for (int64_t side = 0; f + step < last && side < ROWS / step; ++side)
+        ask(expert.up + (f + step + side * shape.width) * shape.hidden, rows_bytes, number, panels);
+      ask(expert.down + f * shape.hidden, rows_bytes, number, panels);
+      const float* panel_x = x + t * depth;
+      if (vectors == 3) first_product<Op, 3>(panel_x, stage, row_stride, depth, h);
+      if (vectors == 2) first_product<Op, 2>(panel_x, stage, row_stride, depth, h);
+      if (vectors == 1) first_product<Op, 1>(panel_x, stage, row_stride, depth, h);
       std::copy(kept.gates + t, kept.gates + t + tokens, gates);
       for (int64_t i = 0; i < step; ++i) {
         if (f + i < last) {
@@ -350,14 +364,15 @@ void panel(const Shape& shape, const Expert<Op>& expert, const Kept<Op>& kept, c
 template <typename Op>
 void many_tokens(const Shape& shape, const Expert<Op>& expert, const Kept<Op>& kept, int64_t first, int64_t last) {
   thread_local Scratch<float> x_memory;
-  const int64_t depth = shape.hidden / Op::PAIR, width = PANEL_VECTORS * LANES;
+  const int64_t depth = shape.hidden / Op::PAIR;
   // packed x stays in the second-level cache
-  const int64_t largest = std::max<int64_t>(1, std::min<int64_t>(4, (200 << 10) / (depth * width))) * width;
+  const int64_t largest = std::max<int64_t>(1, std::min<int64_t>(4, (200 << 10) / (depth * PANEL_TOKENS))) * PANEL_TOKENS;
   for (int64_t t = 0; t < kept.count; t += largest) {
     const Kept<Op> part = {kept.x + t, kept.y + t, kept.gates + t, std::min(largest, kept.count - t)};
     const int64_t stride = (part.count + LANES - 1) / LANES * LANES;
-    float* x = x_memory.get(depth * stride);
-    pack_tokens<Op>(part.x, part.count, depth, x, stride);
+    float* x = x_memory.get(depth * largest);
+    for (int64_t p = 0; p < part.count; p += PANEL_TOKENS)
+      pack_tokens<Op>(part.x + p, std::min<int64_t>(PANEL_TOKENS, part.count - p), depth, x + p * depth);
     for (int64_t f = first; f < last; f += MANY_UNITS)
       panel<Op>(shape, expert, part, x, stride, f, std::min(f + MANY_UNITS, last));
   }
