@@ -32,7 +32,8 @@ class InferencePlan:
 
     Attributes:
         decode_rounds: timed rounds of each case of decoding.
-        decode_layers: calls of a contestant in a row in decoding, each with other weights: a token's way through so many layers.
+        decode_layers: calls of a contestant in a row in decoding, each with other weights: a token's way through
+            so many layers.
         prefill_rounds: timed rounds of each case of prefill.
         layers: (hidden size, experts, hidden units of one expert).
         kept: experts that a token keeps.
