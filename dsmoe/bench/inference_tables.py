@@ -38,9 +38,10 @@ def result_table(results: Mapping[str, Any]) -> str:
     """
     lines = [
         "Ratios are medians over interleaved rounds; in decoding a round is a way through "
-        f"{results['decode_layers']} layers of different weights, divided by their number. All: our path for all experts; "
-        "dense: nn.Linear SwiGLU of equal width. Ideal: share of the weights that are read (decode) or of the arithmetic "
-        "(prefill). Reading: of the kept experts' weights, just as cold, without any arithmetic: the least time there is.",
+        f"{results['decode_layers']} layers of different weights, divided by their number. All: our path for all "
+        "experts; dense: nn.Linear SwiGLU of equal width. Ideal: share of the weights that are read (decode) or of the "
+        "arithmetic (prefill). Reading: of the kept experts' weights, just as cold, without any arithmetic: the least "
+        "time there is.",
         f"float32 matrix products in oneDNN's {results['float32_matmul']} mode on all sides; experts: "
         f"{results['kernel'] or 'torch operations'}.",
         "",
