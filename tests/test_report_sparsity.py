@@ -4,6 +4,7 @@ import json
 
 from dsmoe.checkpoint.pretrained import save_pretrained
 from dsmoe.report import sparsity
+from dsmoe.report.sparsity_table import comparison_rows, tables
 from dsmoe.sparsify import sweep
 
 
@@ -35,6 +36,12 @@ def test_an_interrupted_sweep_goes_on(tiny_model, held_out_corpus_dir, tmp_path,
     assert sparsity.main(words) == 0
     again = json.loads((tmp_path / "sweep" / "results.json").read_text())
     assert again["rows"] == results["rows"] and again["bounds"] == results["bounds"]
+    assert all(row["range_over_samples"] is not None for row in comparison_rows(results))
+    results["calibrated"] = results["calibrated"][:1]
+    assert all(row["range_over_samples"] is None for row in comparison_rows(results)), (
+        "one sample has no range"
+    )
+    assert "| - |" in " ".join(tables(results).split())
 
 
 def _failing_after(function, count):

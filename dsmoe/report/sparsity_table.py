@@ -32,17 +32,21 @@ def comparison_rows(results: Row) -> list[dict[str, Any]]:
             for one in sample
             if one["asked"] == row["asked"]
         ]
-        entry["range_over_samples"] = max(others) - min(others)
+        entry["range_over_samples"] = max(others) - min(others) if len(others) > 1 else None
         entry["task_average"] = row.get("task_average")
         found.append(entry)
     return found
+
+
+def _number(value: float | None) -> str:
+    return "-" if value is None else f"{value:.4f}"
 
 
 def tables(results: Row) -> str:
     """The sweep as Markdown: shares, all families, bounds."""
     shares = [
         [f"{e['asked']:.1%}", f"{e['share']:.1%}", _nats(e["uniform_k"]), _nats(e["global_threshold"]),
-         _nats(e["calibrated"]), f"{e['standard_error']:.4f}", f"{e['range_over_samples']:.4f}",
+         _nats(e["calibrated"]), f"{e['standard_error']:.4f}", _number(e["range_over_samples"]),
          "" if not e["task_average"] else f"{100 * e['task_average'][0]:.1f}"]
         for e in comparison_rows(results)
     ]  # fmt: skip
