@@ -1,5 +1,6 @@
 """What the models of a study lose at each active share: means over seeds, paired differences, table and plot."""
 
+import itertools
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -144,6 +145,11 @@ def budgets_plot(results: Row, path: Path) -> None:
     arms = defaultdict(list)
     for row in results["runs"]:
         arms[row["arm"]].append(row)
+    # arms of one kind share its colour, so they differ in the line and the filling of the marker
+    looks = {
+        kind: itertools.cycle([("-", "full"), ("--", "none"), (":", "left"), ("-.", "right")])
+        for kind in KIND_COLOURS
+    }
     for arm, rows in arms.items():
         kind = rows[0]["kind"]
         if kind == "dense":
@@ -161,10 +167,12 @@ def budgets_plot(results: Row, path: Path) -> None:
         # a DS-MoE with all experts is a point of its own, far to the right
         points = [same for same in points if kind != "dsmoe" or same[0]["budget"] < 1]
         losses = [spread([row["test_loss"] for row in same]) for same in points]
+        line, filling = next(looks[kind])
         axes.errorbar(
             [sum(row["mlp_active_fraction"] for row in same) / len(same) for same in points],
             [loss["mean"] or 0.0 for loss in losses], yerr=[loss["stderr"] or 0.0 for loss in losses],
             color=KIND_COLOURS[kind], marker="o" if kind == "dsmoe" else "^", label=arm, capsize=2,
+            linestyle=line, fillstyle=filling,
         )  # fmt: skip
     axes.set_xlabel("active share of the MLP")
     axes.set_ylabel("test loss (nats per token)")
