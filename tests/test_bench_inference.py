@@ -54,6 +54,16 @@ def test_weights_and_batches_turn(weights, monkeypatch):
     assert used[0][0] == weights.own[copies // 3][0].data_ptr(), "another copy than top-K's at the same time"
 
 
+def test_steps_in_a_row_are_timed_as_one(monkeypatch):
+    clock = iter(range(1000))
+    monkeypatch.setattr("dsmoe.bench.timing.time.perf_counter", lambda: next(clock))
+    calls = []
+    steps = {"a": lambda: calls.append("a"), "b": lambda: calls.append("b")}
+    seconds = interleaved_seconds(steps, 2, in_a_row=4)
+    assert "".join(calls) == ("aaaa" + "bbbb") * 3
+    assert seconds == {"a": [0.25] * 2, "b": [0.25] * 2}, "seconds of one step, the first round not counted"
+
+
 @pytest.mark.parametrize(("tokens", "k"), [(1, 1), (1, 4), (8, 2), (64, 3)])
 def test_threshold_keeps_as_many_as_top_k_in_the_mean(weights, tokens, k):
     given = batches(weights, tokens, k, count=20)
