@@ -1,5 +1,6 @@
 """Studies: reading, running with a stand-in trainer, resuming, tabulating."""
 
+import copy
 import json
 import os
 import signal
@@ -7,11 +8,14 @@ import sys
 import threading
 import time
 
+import numpy as np
 import pytest
 import yaml
+from scipy import stats
 
 from dsmoe.study import launcher
 from dsmoe.study.command import main
+from dsmoe.study.curves import fit_line
 from dsmoe.study.spec import read_study
 from dsmoe.trainer.command import parse
 
@@ -45,11 +49,13 @@ if "large-2k-s1" in folder.name and not (folder.parent / "mended").exists():
 seed = json.loads(options["--train.seeds"])[0]
 kind = options.get("--model.kind", "dsmoe")
 loss = 3.0 + seed + (0.5 if kind == "dsmoe" else 0)
-summary = {"kind": kind, "seed": seed, "tokens": int(options["--train.total_tokens"]), "validation_loss": loss,
+tokens = int(options["--train.total_tokens"])
+summary = {"kind": kind, "seed": seed, "tokens": tokens, "validation_loss": loss, "test_loss": loss,
            "num_params_total": 10, "num_params_active": 5, "training_flops": 1e9, "environment": {},
            "config": {"model": {"hidden_size": int(options["--model.hidden_size"])}}}
 if kind == "dsmoe":
     summary["validation_loss_sparse"] = loss - 0.25
+    summary["test_loss_sparse"] = loss - 0.25 - 0.1 * len(str(tokens))
 (folder / "log.jsonl").write_text(json.dumps({"step": 1, "lm_loss": loss, "router": {"mlp": [1, 2]}}) + "\\n")
 (folder / "summary.json").write_text(json.dumps(summary))
 """
@@ -193,3 +199,79 @@ def test_list_and_bad_options(study, tmp_path, capsys):
     for options in (["--only", "zzz"], ["--workers", "0"], ["--set", "nothing"]):
         assert main([str(study), "--output", str(tmp_path), *options]) == 2
     assert sys.exc_info() == (None, None, None)
+
+
+def test_a_curve_follows_a_pair_along_tokens(study, tmp_path, capsys):
+    content = {
+        **copy.deepcopy(STUDY),
+        "curves": [{"pair": ["dsmoe", "dense"], "against": "tokens", "points": ["1k", "100k"]}],
+    }
+    content["groups"]["dense"]["grid"]["tokens"]["100k"] = {"train.total_tokens": 100_000}
+    content["groups"]["dsmoe"]["grid"]["tokens"]["100k"] = {"train.total_tokens": 100_000}
+    study.write_text(yaml.safe_dump(content, sort_keys=False))
+    (tmp_path / "runs").mkdir()
+    (tmp_path / "runs" / "mended").touch()
+    assert main([str(study), "--output", str(tmp_path / "runs"), "--record", str(tmp_path / "record")]) == 0
+    (curve,) = json.loads((tmp_path / "runs" / "results.json").read_text())["curves"]
+    assert [(point["label"], point["at"], point["seeds"]) for point in curve["points"]] == [
+        ("1k", 1000, [0, 1]),
+        ("100k", 100_000, [0, 1]),
+    ]
+    assert np.allclose([point["differences"] for point in curve["points"]], [[-0.15, -0.15], [-0.35, -0.35]])
+    assert curve["line"]["slope"] == pytest.approx(-0.1)  # 0.2 nats in two tenfolds
+    assert [ahead["difference"] for ahead in curve["line"]["ahead"]][::2] == pytest.approx([-0.35, -0.45])
+    assert (
+        "dsmoe - dense against tokens: -0.1000 nats per tenfold"
+        in (tmp_path / "runs" / "table.md").read_text()
+    )
+    assert "![curves](curves.png)" in (tmp_path / "record" / "README.md").read_text()
+
+
+def test_a_line_and_its_intervals_are_those_of_scipy():
+    generator = np.random.default_rng(0)
+    at = np.repeat([2e6, 8e6, 3e7], 3)
+    differences = 0.02 - 0.03 * np.log10(at / 2e6) + generator.normal(0, 0.01, at.size)
+    found = fit_line(at, differences)
+    expected = stats.linregress(np.log10(at), differences)
+    half = stats.t.ppf(0.975, at.size - 2) * expected.stderr
+    assert found["slope"] == pytest.approx(expected.slope)
+    assert found["slope_interval"] == pytest.approx([expected.slope - half, expected.slope + half])
+    assert found["ahead"][1]["at"] == 9e7
+    assert found["ahead"][1]["difference"] == pytest.approx(
+        expected.intercept + expected.slope * np.log10(9e7)
+    )
+
+
+def test_a_new_run_falls_into_the_interval_ahead_as_often_as_it_says():
+    generator = np.random.default_rng(1)
+    at = np.repeat([2e6, 8e6, 3e7], 2)
+    inside = 0
+    for _ in range(2000):
+        noise = generator.normal(0, 0.01, at.size + 1)
+        ahead = fit_line(at, 0.03 * np.log10(at) + noise[:-1])["ahead"][2]
+        inside += ahead["interval"][0] < 0.03 * np.log10(ahead["at"]) + noise[-1] < ahead["interval"][1]
+    assert inside / 2000 == pytest.approx(0.95, abs=0.015)
+
+
+@pytest.mark.parametrize(
+    ("at", "differences"), [([1e6, 2e6], [0.1, 0.2]), ([1e6] * 3, [0.1, 0.2, 0.3]), ([], [])]
+)
+def test_too_few_differences_make_no_line(at, differences):
+    assert fit_line(at, differences) is None
+
+
+@pytest.mark.parametrize(
+    ("curve", "words"),
+    [
+        ({"pair": ["dsmoe", "smoe"], "against": "tokens", "points": ["1k"]}, "two groups"),
+        ({"pair": ["dsmoe", "dense"], "against": "time", "points": ["1k"]}, "tokens, parameters"),
+        ({"pair": ["dsmoe", "dense"], "against": "tokens", "points": ["3k"]}, "'3k'"),
+        ({"pair": ["dsmoe", "dense"], "against": "tokens"}, "points"),
+    ],
+)
+def test_a_curve_that_names_nothing_is_refused(study, tmp_path, capsys, curve, words):
+    study.write_text(yaml.safe_dump({**STUDY, "curves": [curve]}))
+    assert main([str(study), "--output", str(tmp_path / "runs"), "--list"]) == 2
+    error = capsys.readouterr().err
+    assert "curves: " in error
+    assert words in error

@@ -12,7 +12,7 @@ from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import write_json, write_text
 from dsmoe.records import write_record
 from dsmoe.study.launcher import launch
-from dsmoe.study.plot import losses_plot
+from dsmoe.study.plot import curves_plot, losses_plot
 from dsmoe.study.spec import Study, read_study
 from dsmoe.study.tabulate import collect, table
 
@@ -22,7 +22,8 @@ EPILOG = """examples:
   python train/study.py configs/scaling/sweep.yaml --output runs/scaling --table-only --record eval/records/scaling-sweep
 
 Run it again after an interruption: finished runs are kept, the others go on from their last checkpoint. The output folder
-gets a folder per run, results.json, table.md and losses.png; a record also the runs' logs (logs.jsonl).
+gets a folder per run, results.json, table.md, losses.png and, where the study has curves, curves.png; a record also
+the runs' logs (logs.jsonl).
 """
 
 
@@ -87,6 +88,8 @@ def _run(args: argparse.Namespace) -> None:
     if results["runs"]:
         write_text(args.output / "table.md", table(results) + "\n")
         losses_plot(results, args.output / "losses.png")
+        if results["curves"]:
+            curves_plot(results, args.output / "curves.png")
         print(table(results))
         if args.record:
             _write_record(args, study, results)
@@ -99,6 +102,7 @@ def _run(args: argparse.Namespace) -> None:
 def _write_record(args: argparse.Namespace, study: Study, results: Mapping[str, Any]) -> None:
     """The record of what is finished; it says so where something is missing."""
     write_text(args.output / "logs.jsonl", "".join(_logs(args.output, results)))
+    names = ["results.json", "losses.png", *(["curves.png"] if results["curves"] else []), "logs.jsonl"]
     missing = len(results["missing"])
     partial = f"PARTIAL: {missing} of {len(study.runs)} runs are missing. " if missing else ""
     write_record(
@@ -106,7 +110,7 @@ def _write_record(args: argparse.Namespace, study: Study, results: Mapping[str, 
         title=study.title,
         command=f"python train/study.py {args.study} --output {args.output} --record {args.record}",
         conclusion=f"{partial}{study.conclusion}\n\n{table(results)}",
-        files=[args.output / name for name in ("results.json", "losses.png", "logs.jsonl")],
+        files=[args.output / name for name in names],
         details={"data": results["environment"].get("corpus"), "missing": results["missing"]},
         overwrite=True,
     )

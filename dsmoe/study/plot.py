@@ -1,5 +1,6 @@
-"""The picture of a study: the loss of every point, mean and spread over seeds."""
+"""The pictures of a study: the loss of every point with its spread over seeds, and differences along curves."""
 
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -34,4 +35,39 @@ def losses_plot(results: Mapping[str, Any], path: str | Path) -> None:
     )
     axes.xaxis.label.set_fontsize(8)
     axes.grid(alpha=0.3, axis="x")
+    save_figure(figure, path)
+
+
+def curves_plot(results: Mapping[str, Any], path: str | Path) -> None:
+    """Differences of every seed against tokens or parameters, one panel each, with the fitted lines.
+
+    Args:
+        results: of `dsmoe.study.tabulate.collect`, with at least one curve.
+        path: the PNG.
+    """
+    along = list(dict.fromkeys(curve["against"] for curve in results["curves"]))
+    figure, panels = pyplot().subplots(
+        1, len(along), figsize=(5.2 * len(along), 3.8), squeeze=False, sharey=True
+    )
+    panel_of = dict(zip(along, panels[0]))
+    for curve in results["curves"]:
+        panel = panel_of[curve["against"]]
+        measured = [(point["at"], value) for point in curve["points"] for value in point["differences"]]
+        name = f"{curve['first']} - {curve['second']}"
+        drawn = panel.plot(
+            [at for at, _ in measured], [value for _, value in measured], "o", markersize=4, label=name
+        )
+        line = curve["line"]
+        if line is not None:
+            low, high = line["range"]
+            end = line["ahead"][0]["difference"]
+            start = end - line["slope"] * math.log10(high / low)
+            panel.plot([low, high], [start, end], "-", color=drawn[0].get_color())
+    for against, panel in panel_of.items():
+        panel.axhline(0, color="#888888", linewidth=0.8)
+        panel.set_xscale("log")
+        panel.set_xlabel(against)
+        panel.grid(alpha=0.3)
+        panel.legend(fontsize=8)
+    panels[0][0].set_ylabel("difference on test (nats per token)")
     save_figure(figure, path)

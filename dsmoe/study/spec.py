@@ -18,6 +18,8 @@ groups:
     seeds: [0, 1]
 pairs: [[dsmoe, dense]]                  # two groups, compared where axes and seeds agree; or two points, such as
                                          # [dsmoe-small-1M, dense-small-2M], compared where seeds agree
+curves:                                  # a pair's difference against what grows (tokens or parameters), with a line
+  - {pair: [dsmoe, dense], against: parameters, points: [small, large]}
 ```
 
 A run is called `dense-small-1M-s0`.
@@ -32,9 +34,11 @@ from typing import Any
 import yaml
 
 from dsmoe.errors import UserError
+from dsmoe.study.curves import AXES, Curve
 
-KEYS = {"name", "title", "conclusion", "config", "settings", "groups", "pairs"}
+KEYS = {"name", "title", "conclusion", "config", "settings", "groups", "pairs", "curves"}
 GROUP_KEYS = {"settings", "grid", "seeds"}
+CURVE_KEYS = {"pair", "against", "points"}
 
 
 @dataclass(frozen=True)
@@ -72,6 +76,7 @@ class Study:
         pairs: (first, second) groups, or points, to compare.
         title: of its record.
         conclusion: of its record.
+        curves: pairs of groups to follow along tokens or size.
     """
 
     name: str
@@ -80,6 +85,7 @@ class Study:
     pairs: list[tuple[str, str]] = field(default_factory=list)
     title: str = ""
     conclusion: str = ""
+    curves: list[Curve] = field(default_factory=list)
 
 
 def read_study(path: str | Path) -> Study:
@@ -114,6 +120,7 @@ def read_study(path: str | Path) -> Study:
         pairs=_pairs(study.get("pairs"), runs, path),
         title=str(study.get("title", path.stem)),
         conclusion=" ".join(str(study.get("conclusion", "")).split()),
+        curves=[_curve(curve, runs, f"{path}: curves") for curve in study.get("curves") or []],
     )
 
 
@@ -180,3 +187,20 @@ def _pairs(pairs: Any, runs: list[StudyRun], path: Path) -> list[tuple[str, str]
             )
         found.append(names)
     return found
+
+
+def _curve(value: Any, runs: list[StudyRun], place: str) -> Curve:
+    curve = _mapping(value, place, CURVE_KEYS)
+    pair, against, points = curve.get("pair"), curve.get("against"), curve.get("points")
+    groups = {run.group for run in runs}
+    if not isinstance(pair, list) or len(pair) != 2 or not set(map(str, pair)) <= groups:
+        raise UserError(f"{place}: pair is {pair!r}; it must be two groups ({', '.join(sorted(groups))})")
+    if against not in AXES:
+        raise UserError(f"{place}: against is {against!r}; it must be one of {', '.join(AXES)}")
+    labels = {label for run in runs if run.group == str(pair[0]) for label in run.labels.values()}
+    if not isinstance(points, list) or not points or not set(map(str, points)) <= labels:
+        known_points = ", ".join(sorted(labels)) or "none"
+        raise UserError(
+            f"{place}: points is {points!r}; it must be a list of points of {pair[0]}: {known_points}"
+        )
+    return Curve((str(pair[0]), str(pair[1])), against, tuple(map(str, points)))

@@ -7,6 +7,7 @@ from typing import Any
 
 from dsmoe.accounting import markdown_table
 from dsmoe.files import read_json
+from dsmoe.study.curves import follow, sentence
 from dsmoe.study.spec import Study, StudyRun
 from dsmoe.trainer.seeds import spread
 
@@ -26,7 +27,8 @@ def collect(study: Study, output: Path) -> dict[str, Any]:
 
     Returns:
         {"name", "runs": [one dict per finished run], "missing": names, "groups": [mean and spread over seeds of each
-        point], "pairs": [paired differences first - second at each point that both groups have]}.
+        point], "pairs": [paired differences first - second at each point that both groups have], "curves": of
+        `dsmoe.study.curves.follow`}.
     """
     rows, missing, environment = [], [], {}
     for run in study.runs:
@@ -43,6 +45,7 @@ def collect(study: Study, output: Path) -> dict[str, Any]:
         "missing": missing,
         "groups": _groups(rows),
         "pairs": [pair for names in study.pairs for pair in _pair(rows, *names)],
+        "curves": [follow(curve, rows, _pair(rows, *curve.pair)) for curve in study.curves],
         "environment": environment,
     }
 
@@ -134,6 +137,8 @@ def table(results: Mapping[str, Any]) -> str:
             for pair in results["pairs"]
         ]  # fmt: skip
         text += "\n\n" + markdown_table(["difference", "seeds", "validation", "test"], pairs)
+    if results["curves"]:
+        text += "\n\n" + "\n".join(f"- {sentence(curve)}" for curve in results["curves"])
     return text
 
 
