@@ -78,6 +78,23 @@ def test_runs_are_the_product_of_axes_and_seeds(study):
     assert runs[-1].labels == {"size": "small", "tokens": "1k"}
 
 
+def test_points_may_have_seeds_of_their_own(study):
+    content = copy.deepcopy(STUDY)
+    content["groups"]["dense"]["seeds"] = {"1k": [0, 1, 2], "2k": [5]}
+    study.write_text(yaml.safe_dump(content, sort_keys=False))
+    seeds = [run.seed for run in read_study(study).runs if run.group == "dense"]
+    assert seeds == [0, 1, 2, 5] * 2  # small, then large
+
+
+@pytest.mark.parametrize("seeds", [{"1k": [0]}, {"1k": [0], "2k": 1}, {"small": [0], "1k": [0], "2k": [0]}])
+def test_seeds_that_leave_a_point_open_are_refused(study, tmp_path, capsys, seeds):
+    content = copy.deepcopy(STUDY)
+    content["groups"]["dense"]["seeds"] = seeds
+    study.write_text(yaml.safe_dump(content))
+    assert main([str(study), "--output", str(tmp_path / "runs"), "--list"]) == 2
+    assert "groups.dense.seeds" in capsys.readouterr().err
+
+
 def test_settings_are_understood_by_the_trainer(study, tmp_path):
     found = read_study(study)
     config, _, _ = parse(launcher.arguments(found, found.runs[3], tmp_path, threads=1))

@@ -15,7 +15,7 @@ groups:
         large: {model.hidden_size: 128}
       tokens:
         1M: {train.total_tokens: 1000000}
-    seeds: [0, 1]
+    seeds: [0, 1]                        # or seeds of each point of an axis: {1M: [0, 1]}
 pairs: [[dsmoe, dense]]                  # two groups, compared where axes and seeds agree; or two points, such as
                                          # [dsmoe-small-1M, dense-small-2M], compared where seeds agree
 curves:                                  # a pair's difference against what grows (tokens or parameters), with a line
@@ -140,9 +140,6 @@ def _group_runs(name: str, group: dict[str, Any], shared: dict[str, Any], path: 
         axis: _mapping(points, f"{place}.grid.{axis}")
         for axis, points in _mapping(group.get("grid"), f"{place}.grid").items()
     }
-    seeds = group.get("seeds", [0])
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise UserError(f"{place}.seeds is {seeds!r}; it must be a list of integers, such as [0, 1, 2]")
     own = _mapping(group.get("settings"), f"{place}.settings")
     runs = []
     for point in itertools.product(*axes.values()):
@@ -150,11 +147,25 @@ def _group_runs(name: str, group: dict[str, Any], shared: dict[str, Any], path: 
         settings = {**shared, **own}
         for axis, label in zip(axes, point):
             settings |= _mapping(axes[axis][label], f"{place}.grid.{axis}.{label}")
-        for seed in seeds:
+        for seed in _seeds(group.get("seeds", [0]), list(labels.values()), f"{place}.seeds"):
             runs.append(
                 StudyRun("-".join([name, *labels.values(), f"s{seed}"]), name, labels, seed, settings)
             )
     return runs
+
+
+def _seeds(value: Any, labels: list[str], place: str) -> list[int]:
+    """The seeds of a point: the group's, or where a mapping is given those of the one of its labels that is in it."""
+    seeds = value
+    if isinstance(value, Mapping):
+        known = [label for label in map(str, value) if label in labels]
+        if len(known) != 1:
+            point = "-".join(labels)
+            raise UserError(f"{place} names {len(known)} points of {point!r}; it must name one, or be a list")
+        seeds = {str(label): own for label, own in value.items()}[known[0]]
+    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
+        raise UserError(f"{place} is {seeds!r}; it must be a list of integers, such as [0, 1, 2]")
+    return seeds
 
 
 def _recipe(config: str | None, path: Path) -> Path | None:
