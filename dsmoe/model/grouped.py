@@ -1,8 +1,8 @@
 """The sparse expert path: only the kept (token, expert) pairs are computed.
 
 Without gradients a kernel does it in one call (see `dsmoe.model.kernels.inference`). Otherwise, and where that kernel
-can't be had, pairs are sorted by expert, so that each expert sees one contiguous block of rows: one grouped product of
-torch on CUDA (untested there), a loop over experts elsewhere. To torch.compile the
+can't be had, pairs are sorted by expert, so that each expert sees one contiguous block of rows: grouped products of
+torch on CUDA (untested there), a loop over experts elsewhere (see `dsmoe.model.expert_loop`). To torch.compile the
 layer is one opaque operation: its shapes depend on the mask's values.
 
 Shapes: T tokens, P kept pairs, N experts, D hidden size, F hidden units of one expert, H = 2F (swiglu) or F.
@@ -15,7 +15,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsmoe.model.expert_loop import looped_experts
 from dsmoe.model.kernels import eager, inference_experts
+from dsmoe.model.pairs import blocks, kept_pairs
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -27,7 +29,7 @@ class _GroupedLinear(torch.autograd.Function):
         ctx.counts, ctx.layout = counts, layout
         size = weight.shape[1] if layout == "out_in" else weight.shape[2]
         y_PO = x_PI.new_empty(x_PI.shape[0], size)
-        for expert, rows in _blocks(counts):
+        for expert, rows in blocks(counts):
             w = weight[expert].to(x_PI.dtype)
             torch.mm(x_PI[rows], w.T if layout == "out_in" else w, out=y_PO[rows])
         return y_PO
@@ -40,21 +42,13 @@ class _GroupedLinear(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight) if ctx.needs_input_grad[1] else None
         with torch.autocast(x_PI.device.type, enabled=False):
             grad = grad_PO.to(x_PI.dtype)
-            for expert, rows in _blocks(ctx.counts):
+            for expert, rows in blocks(ctx.counts):
                 w = weight[expert].to(x_PI.dtype)
                 torch.mm(grad[rows], w if ctx.layout == "out_in" else w.T, out=grad_x[rows])
                 if grad_weight is not None:
                     left, right = (grad, x_PI) if ctx.layout == "out_in" else (x_PI, grad)
                     grad_weight[expert] = left[rows].T @ right[rows]
         return grad_x, grad_weight, None, None
-
-
-def _blocks(counts: Sequence[int]):
-    start = 0
-    for expert, count in enumerate(counts):
-        if count:
-            yield expert, slice(start, start + count)
-        start += count
 
 
 def uses_grouped_mm(x_PI: Tensor, weight: Tensor) -> bool:
@@ -89,19 +83,6 @@ def grouped_linear(x_PI: Tensor, weight: Tensor, counts_N: Tensor, layout: str) 
         return _GroupedLinear.apply(x_PI, weight, counts_N.tolist(), layout)
 
 
-def kept_pairs(expert_mask_TN: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """The kept pairs, sorted by expert.
-
-    Args:
-        expert_mask_TN: [T, N] bool.
-
-    Returns:
-        token of each pair [P] int64, expert of each pair [P] int64, pairs of each expert [N] int64.
-    """
-    expert_P, token_P = expert_mask_TN.T.nonzero(as_tuple=True)
-    return token_P, expert_P, expert_mask_TN.sum(0)
-
-
 def grouped_experts(
     x_TD: Tensor, gates_TN: Tensor, expert_mask_TN: Tensor, up_NHD: Tensor, down_NFD: Tensor, mlp_type: str
 ) -> Tensor:
@@ -133,6 +114,8 @@ def grouped_experts(
 def _portable(
     x_TD: Tensor, gates_TN: Tensor, expert_mask_TN: Tensor, up_NHD: Tensor, down_NFD: Tensor, mlp_type: str
 ) -> Tensor:
+    if not (uses_grouped_mm(x_TD, up_NHD) and uses_grouped_mm(x_TD, down_NFD)):
+        return looped_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
     dtype = x_TD.dtype
     with torch.autocast(x_TD.device.type, enabled=False):
         token_P, expert_P, counts_N = kept_pairs(expert_mask_TN)

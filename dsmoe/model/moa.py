@@ -18,8 +18,9 @@ from transformers import Cache
 from dsmoe.config import DSMoEConfig
 from dsmoe.model.attention import KeyValueAttention
 from dsmoe.model.gated_projection import gated_projection
-from dsmoe.model.grouped import grouped_linear, kept_pairs
+from dsmoe.model.grouped import grouped_linear
 from dsmoe.model.norm import RMSNorm
+from dsmoe.model.pairs import kept_pairs
 from dsmoe.model.rotary import rotate
 from dsmoe.model.router import Router
 from dsmoe.model.routing import route
