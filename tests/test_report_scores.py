@@ -1,0 +1,49 @@
+"""Benchmark scores of a study's models: what is scored of each kind, and that nothing is done twice."""
+
+import json
+
+import pytest
+import yaml
+
+from dsmoe.report import scores
+from dsmoe.sparsify import command
+
+
+def read(path):
+    return json.loads(path.read_text(encoding="utf-8"))
+
+
+def test_a_study(train, held_out_corpus_dir, tmp_path, capsys, monkeypatch):
+    study = {"title": "Toys", "groups": {"dense": {}, "smoe": {}, "dsmoe": {}, "never-trained": {}}}
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump(study, sort_keys=False))
+    kinds = {
+        "dense": {"model.kind": "dense", "model.num_experts": 1},
+        "smoe": {"model.kind": "smoe", "model.mlp_routing": {"policy": "top_k", "k": 1}},
+        "dsmoe": {},
+    }
+    for kind, settings in kinds.items():
+        train(f"{kind}-s0", **{"data.path": str(held_out_corpus_dir), "train.total_tokens": 512, **settings})
+    words = [str(tmp_path / "toy.yaml"), "--output", str(tmp_path), "--data", str(held_out_corpus_dir), "--share", "0.5",
+             "--tasks", "none", "--sequence-length", "16", "--device", "cpu"]  # fmt: skip
+    record = tmp_path / "record"
+    assert scores.main([*words, "--record", str(record)]) == 0
+    dense, smoe, ours = read(tmp_path / "scores.json")["models"]
+    assert [one["name"] for one in (dense, smoe, ours)] == ["dense-s0", "smoe-s0", "dsmoe-s0"]
+    assert dense["path"].endswith("dense-s0/final") and ours["path"].endswith("dsmoe-s0/sparse-0.5")
+    target = read(tmp_path / "dsmoe-s0" / "sparse-0.5" / "sparsity.json")["mlp_active_fraction"]
+    assert ours["mlp_active_fraction"] == pytest.approx(target) and target < 1
+    text = (record / "README.md").read_text()
+    loss = read(tmp_path / "dense-s0" / "summary.json")["test_loss"]
+    assert text.startswith("# Toys") and f"dense-s0 {loss:.4f}" in text and "--tasks none" in text
+    monkeypatch.setattr(command, "run", None)
+    monkeypatch.setattr(scores.score, "score_one", None)
+    capsys.readouterr()
+    assert scores.main(words) == 0
+    assert "already in" in capsys.readouterr().err
+
+
+def test_bad_input_is_one_line(tmp_path, capsys):
+    (tmp_path / "toy.yaml").write_text("groups: {dense: {}}")
+    assert scores.main([str(tmp_path / "toy.yaml"), "--output", str(tmp_path), "--data", "x"]) == 2
+    error = capsys.readouterr().err
+    assert "no finished run" in error and "Traceback" not in error
