@@ -10,7 +10,14 @@ from typing import Any
 import torch
 
 from dsmoe.bench.contestants import DTYPES
-from dsmoe.bench.output import benchmark_parser, command_for_threads, give, results_of
+from dsmoe.bench.output import (
+    add_plan_arguments,
+    benchmark_parser,
+    checked_rounds,
+    command_for_threads,
+    give,
+    results_of,
+)
 from dsmoe.bench.tables import growth_plot, result_table
 from dsmoe.bench.timing import checked_threads, threads_in_use
 from dsmoe.bench.training import (
@@ -23,9 +30,9 @@ from dsmoe.bench.training import (
     measure_model,
 )
 from dsmoe.environment import describe
-from dsmoe.errors import UserError, run_reporting_errors
+from dsmoe.errors import run_reporting_errors
 from dsmoe.model.kernels import selected_kernel
-from dsmoe.trainer.matmul import choose_float32_matmul
+from dsmoe.trainer.matmul import float32_matmul
 
 EXAMPLES = """examples:
   python eval/bench_training.py
@@ -49,9 +56,8 @@ def measure(plan: Plan, threads: Sequence[int], advance: Callable[[str], Any]) -
         The results as written by `--json`.
     """
     torch.manual_seed(0)
-    mode = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     results: dict[str, Any] = {
-        "float32_matmul": choose_float32_matmul("auto"),
+        "float32_matmul": None,
         "kernel": selected_kernel(),
         "rounds": plan.rounds,
         "tokens": plan.tokens,
@@ -59,13 +65,11 @@ def measure(plan: Plan, threads: Sequence[int], advance: Callable[[str], Any]) -
         "attention": [],
         "models": [],
     }
-    try:
+    with float32_matmul("auto") as results["float32_matmul"]:
         for count in threads:
             with threads_in_use(count) as cores:
                 where = {"threads": count, "cores": cores}
                 _measure_on(plan, where, count == threads[0], results, advance)
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = mode  # type: ignore[attr-defined]
     first = results["models"][0]
     name = "tokens_per_second_ratio_to_dense"
     results["model"] = {name: first[name], "dtype": first["dtype"], "threads": first["threads"]}
@@ -104,10 +108,7 @@ def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
 
 def _measured(args: argparse.Namespace, advance: Callable[[str], Any]) -> dict[str, Any]:
     plan = QUICK if args.quick else FULL
-    if args.rounds is not None:
-        if args.rounds < 1:
-            raise UserError(f"--rounds is {args.rounds}; it must be at least 1")
-        plan = replace(plan, rounds=args.rounds)
+    plan = replace(plan, rounds=checked_rounds(args) or plan.rounds)
     return measure(plan, checked_threads(args.threads), advance)
 
 
@@ -127,6 +128,5 @@ def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -
         EXAMPLES,
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw how the cost grows")
-    parser.add_argument("--rounds", type=int, metavar="R", help="timed rounds of each case (default: 15)")
-    parser.add_argument("--quick", action="store_true", help="tiny sizes and 2 rounds, to see that it works")
+    add_plan_arguments(parser, "15")
     return run_reporting_errors(lambda: run(parser.parse_args(argv), write_record))

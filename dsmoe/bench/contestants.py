@@ -50,25 +50,25 @@ class WideLayer(nn.Module):
 
 
 class TransformersLayer(nn.Module):
-    """transformers' experts at top_k = N, with gates given."""
+    """transformers' experts, with the kept ones [T, K] and gates given."""
 
     gates: Tensor
 
     def __init__(
-        self, hidden_size: int, num_experts: int, width: int, tokens: int, implementation: str
+        self, hidden_size: int, num_experts: int, width: int, index_TK: Tensor, implementation: str
     ) -> None:
         super().__init__()
         config = Qwen3MoeConfig(
             hidden_size=hidden_size, moe_intermediate_size=width, num_experts=num_experts,
-            num_experts_per_tok=num_experts,
+            num_experts_per_tok=index_TK.shape[1],
         )  # fmt: skip
         config._experts_implementation = implementation
         self.experts = Qwen3MoeExperts(config)
         for parameter in self.experts.parameters():
             nn.init.normal_(parameter, std=hidden_size**-0.5)
         # no Parameter: what autograd keeps of it counts
-        self.register_buffer("gates", torch.rand(tokens, num_experts, requires_grad=True))
-        self.register_buffer("index", torch.arange(num_experts).repeat(tokens, 1))
+        self.register_buffer("gates", torch.rand(index_TK.shape, requires_grad=True))
+        self.register_buffer("index", index_TK)
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] to [T, D]."""
@@ -133,7 +133,7 @@ def layer_steps(
     if recompute:
         layers["recompute"] = WideLayer(*sizes, tokens, recompute=True)
     for name in peers:
-        layers[name] = TransformersLayer(*sizes, tokens, name)
+        layers[name] = TransformersLayer(*sizes, torch.arange(num_experts).repeat(tokens, 1), name)
     x, gradient = torch.randn(tokens, hidden_size, requires_grad=True), torch.randn(tokens, hidden_size)
     return {name: LayerStep(layer, x, gradient, dtype) for name, layer in layers.items()}
 

@@ -12,12 +12,19 @@ from dsmoe.bench.inference import FULL, QUICK, InferencePlan, measure_layer
 from dsmoe.bench.inference_contestants import DTYPES
 from dsmoe.bench.inference_model import measure_model, model_summary
 from dsmoe.bench.inference_tables import result_table
-from dsmoe.bench.output import benchmark_parser, command_for_threads, give, results_of
+from dsmoe.bench.output import (
+    add_plan_arguments,
+    benchmark_parser,
+    checked_rounds,
+    command_for_threads,
+    give,
+    results_of,
+)
 from dsmoe.bench.timing import checked_threads, threads_in_use
 from dsmoe.environment import describe
-from dsmoe.errors import UserError, run_reporting_errors
+from dsmoe.errors import run_reporting_errors
 from dsmoe.model.kernels import inference_kernel
-from dsmoe.trainer.matmul import choose_float32_matmul
+from dsmoe.trainer.matmul import float32_matmul
 
 PARTS = ("decode", "prefill", "model")
 EXAMPLES = """examples:
@@ -46,9 +53,8 @@ def measure(
         The results as written by `--json`.
     """
     torch.manual_seed(0)
-    mode = torch.backends.mkldnn.matmul.fp32_precision  # type: ignore[attr-defined]
     results: dict[str, Any] = {
-        "float32_matmul": choose_float32_matmul("auto"),
+        "float32_matmul": None,
         "kernel": inference_kernel(),
         "decode_rounds": plan.decode_rounds,
         "decode_layers": plan.decode_layers,
@@ -57,7 +63,7 @@ def measure(
         "model": None,
     }
     models = []
-    try:
+    with float32_matmul("auto") as results["float32_matmul"]:
         for count in threads:
             with threads_in_use(count) as cores:
                 for sizes in plan.layers if set(parts) - {"model"} else ():
@@ -69,8 +75,6 @@ def measure(
                     shown = f"model {dtype_name}, {count} thread{'s' if count > 1 else ''}"
                     row = measure_model(plan.model, dtype_name, partial(advance, shown))
                     models.append({**row, "threads": count, "cores": cores})
-    finally:
-        torch.backends.mkldnn.matmul.fp32_precision = mode  # type: ignore[attr-defined]
     if models:
         results["model"] = model_summary(plan.model, models)
     return {**results, **describe()}
@@ -88,11 +92,10 @@ def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
 
 def _measured(args: argparse.Namespace, advance: Callable[[str], Any]) -> dict[str, Any]:
     plan = QUICK if args.quick else FULL
-    if args.rounds is not None:
-        if args.rounds < 1:
-            raise UserError(f"--rounds is {args.rounds}; it must be at least 1")
-        model = replace(plan.model, rounds=args.rounds, transformers_rounds=min(args.rounds, 4))
-        plan = replace(plan, decode_rounds=args.rounds, prefill_rounds=args.rounds, model=model)
+    rounds = checked_rounds(args)
+    if rounds is not None:
+        model = replace(plan.model, rounds=rounds, transformers_rounds=min(rounds, 4))
+        plan = replace(plan, decode_rounds=rounds, prefill_rounds=rounds, model=model)
     return measure(plan, args.only or PARTS, checked_threads(args.threads), advance)
 
 
@@ -114,13 +117,5 @@ def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -
         EXAMPLES,
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="of decode, prefill, model")
-    parser.add_argument(
-        "--rounds",
-        type=int,
-        metavar="R",
-        help="timed rounds of each case (default: decode 30, prefill 15, model 12)",
-    )
-    parser.add_argument(
-        "--quick", action="store_true", help="tiny sizes and few rounds, to see that it works"
-    )
+    add_plan_arguments(parser, "decode 30, prefill 15, model 12")
     return run_reporting_errors(lambda: run(parser.parse_args(argv), write_record))

@@ -52,6 +52,28 @@ def benchmark_parser(script: str, description: str, epilog: str) -> argparse.Arg
     return parser
 
 
+def add_plan_arguments(parser: argparse.ArgumentParser, default_rounds: str) -> None:
+    """Add --rounds and --quick: how much is measured.
+
+    Args:
+        parser: of `benchmark_parser`.
+        default_rounds: what --rounds is otherwise, in words.
+    """
+    parser.add_argument(
+        "--rounds", type=int, metavar="R", help=f"timed rounds of each case (default: {default_rounds})"
+    )
+    parser.add_argument(
+        "--quick", action="store_true", help="tiny sizes and few rounds, to see that it works"
+    )
+
+
+def checked_rounds(args: argparse.Namespace) -> int | None:
+    """--rounds, or None where it isn't given; raises UserError on less than 1."""
+    if args.rounds is not None and args.rounds < 1:
+        raise UserError(f"--rounds is {args.rounds}; it must be at least 1")
+    return args.rounds
+
+
 def results_of(args: argparse.Namespace, measure: Callable[[Advance], Results]) -> Results:
     """Measured with a progress bar, or read with `--results`.
 

@@ -1,5 +1,8 @@
 """Faster float32 matrix products on CPU, where they are as accurate as the ordinary ones."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 
 # float32 sums of a thousand products are off by about 2e-7; rounding the inputs to bfloat16 would give 3e-3
@@ -26,6 +29,17 @@ def choose_float32_matmul(wanted: str) -> str:
     if _probe() > LARGEST_ERROR:
         setting.fp32_precision = "ieee"
     return str(setting.fp32_precision)
+
+
+@contextmanager
+def float32_matmul(wanted: str) -> Iterator[str]:
+    """`choose_float32_matmul` for a block; yields the mode in use and puts the earlier one back."""
+    setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
+    before = setting.fp32_precision
+    try:
+        yield choose_float32_matmul(wanted)
+    finally:
+        setting.fp32_precision = before
 
 
 def _probe() -> float:

@@ -1,0 +1,55 @@
+"""The benchmark of sparse training: its contestants compute the same, and its results have the promised form."""
+
+import json
+import statistics
+
+import pytest
+import torch
+
+from dsmoe.bench import sparse_training
+from dsmoe.bench.sparse_training import main, sparse_steps
+from dsmoe.records import write_record
+
+
+def test_contestants_compute_the_same():
+    steps = sparse_steps((16, 4, 8), 2, 10, torch.float32)
+    kept = steps["kept"].layer
+    assert (kept.mask.sum(1) == 2).all()
+    for name in sparse_training.PEERS:
+        layer = steps[name].layer
+        with torch.no_grad():
+            layer.gates.copy_(kept.gates.gather(1, layer.index))
+            layer.experts.gate_up_proj.copy_(kept.up)
+            layer.experts.down_proj.copy_(kept.down.transpose(1, 2))
+        torch.testing.assert_close(steps[name].forward(), steps["kept"].forward(), rtol=1e-4, atol=1e-5)
+    everything = steps["all"].layer
+    with torch.no_grad():
+        everything.up.copy_(kept.up)
+        everything.down.copy_(kept.down)
+        everything.gates.copy_(kept.gates * kept.mask)
+    torch.testing.assert_close(steps["all"].forward(), steps["kept"].forward(), rtol=1e-4, atol=1e-5)
+
+
+def test_quick_run_writes_the_promised_form(capsys, tmp_path):
+    words = ["--quick", "--threads", "1", "--record", str(tmp_path / "record"), "--json", "-"]
+    before = torch.backends.mkldnn.matmul.fp32_precision
+    assert main(write_record, words) == 0
+    assert torch.backends.mkldnn.matmul.fp32_precision == before
+    results = json.loads(capsys.readouterr().out)
+    assert [(row["case"], row["num_kept"], row["share"]) for row in results["layers"]] == [
+        ("d32 N4 F8", 2, 0.5)
+    ] * 2
+    for row in results["layers"]:
+        for other in ("dense", "all"):
+            expected = statistics.median(a / b for a, b in zip(row["seconds"]["kept"], row["seconds"][other]))
+            assert row[f"time_ratio_to_{other}"] == pytest.approx(expected)
+        assert row["best_transformers_implementation"] in sparse_training.PEERS
+        assert 0 < row["saved_ratio_to_transformers"] < 1
+    assert {"versions", "hardware"} <= set(results)
+    text = (tmp_path / "record" / "README.md").read_text()
+    assert text.count("| d32 N4 F8 | 2 | 0.500 |") == 2
+
+
+def test_bad_rounds_are_told(capsys):
+    assert main(write_record, ["--quick", "--rounds", "0"]) == 2
+    assert "--rounds is 0" in capsys.readouterr().err
