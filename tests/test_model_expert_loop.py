@@ -9,7 +9,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dsmoe.model.expert_loop import looped_experts
 from dsmoe.model.kernels import reset_kernel, selection
-from dsmoe.model.pairs import blocks, kept_pairs, pairs_of_tokens, sum_of_pairs
+from dsmoe.model.pairs import blocks, kept_pairs, padded, padded_pairs, sum_of_pairs
 
 MLP_TYPES = ("swiglu", "gelu")
 
@@ -136,7 +136,8 @@ def test_operations_are_those_of_the_kept_pairs():
     x, gates, mask, up, down = layer(30, 4, 3, 5, "swiglu", torch.float32)
     with FlopCounterMode(display=False) as counter:
         looped_experts(x, gates, mask, up, down, "swiglu").sum().backward()
-    assert counter.get_total_flops() == 9 * 2 * int(mask.sum()) * 3 * 5  # nine products of 2 F D a pair
+    rows = sum(padded(count) for count in mask.sum(0).tolist())
+    assert counter.get_total_flops() == 9 * 2 * rows * 3 * 5  # nine products of 2 F D a row
 
 
 def test_saved_is_what_the_pairs_need():
@@ -149,26 +150,57 @@ def test_saved_is_what_the_pairs_need():
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         looped_experts(x, gates, mask, up, down, "swiglu")
-    pairs = int(mask.sum())
+    pairs, rows = int(mask.sum()), sum(padded(count) for count in mask.sum(0).tolist())
     activations = sum(sizes.values()) - up.nbytes - down.nbytes
-    # tokens, mask, places by token; per pair: token (8 bytes), place, gate, 16 pre-activations (4 bytes each)
-    assert activations == x.nbytes + mask.nbytes + 64 * 4 + pairs * (8 + 4 + 4 + 16 * 4)
+    # tokens, mask, begins; per pair its place; per row a token (8 bytes), gate and 16 pre-activations
+    assert activations == x.nbytes + mask.nbytes + 64 * 4 + pairs * 4 + rows * (8 + 4 + 16 * 4)
 
 
 @settings(max_examples=60, deadline=None)
-@given(num_tokens=st.integers(0, 20), num_experts=st.integers(1, 6), seed=st.integers(0, 99))
+@given(num_tokens=st.integers(0, 40), num_experts=st.integers(1, 6), seed=st.integers(0, 99))
 def test_pairs_are_sorted_and_summed_by_token(num_tokens, num_experts, seed):
     generator = torch.Generator().manual_seed(seed)
-    mask = torch.rand(num_tokens, num_experts, generator=generator) < 0.4
+    mask = torch.rand(num_tokens, num_experts, generator=generator) < 0.6
     token_P, expert_P, counts_N = kept_pairs(mask)
     expected = [(e, t) for e in range(num_experts) for t in range(num_tokens) if mask[t, e]]
     assert list(zip(expert_P.tolist(), token_P.tolist())) == expected
-    ranges = dict(blocks(counts_N.tolist()))
-    assert all((expert_P[rows] == expert).all() for expert, rows in ranges.items())
-    assert sum(rows.stop - rows.start for rows in ranges.values()) == len(expected)
-    y_PD = torch.randn(len(expected), 3, generator=generator, dtype=torch.float64)
-    total = torch.zeros(num_tokens, 3, dtype=torch.float64).index_add(0, token_P, y_PD)
-    torch.testing.assert_close(sum_of_pairs(y_PD, *pairs_of_tokens(mask, counts_N)), total)
+    assert sum(rows.stop - rows.start for _, rows in blocks(counts_N.tolist())) == len(expected)
+
+    pairs = padded_pairs(mask)
+    assert pairs.counts == [padded(count) for count in counts_N.tolist()]
+    for expert, rows in blocks(pairs.counts):
+        own = mask[:, expert].nonzero()[:, 0]
+        assert torch.equal(pairs.token_R[rows][: len(own)], own)
+        assert set(pairs.token_R[rows].tolist()) == set(own.tolist())
+    y_RD = torch.randn(len(pairs.token_R), 3, generator=generator, dtype=torch.float64)
+    rows = torch.cat([torch.arange(rows.start, rows.stop)[: int(counts_N[e])] for e, rows in blocks(pairs.counts)]
+                     or [torch.zeros(0, dtype=torch.int64)])  # fmt: skip
+    total = torch.zeros(num_tokens, 3, dtype=torch.float64).index_add(0, token_P, y_RD[rows])
+    torch.testing.assert_close(sum_of_pairs(y_RD, pairs.place_P, pairs.begin_T), total)
+
+
+@given(count=st.integers(0, 1 << 20))
+def test_padding_is_small_and_sizes_are_few(count):
+    assert count <= padded(count) <= max(count, count * 9 // 8)
+    assert padded(padded(count)) == padded(count)
+
+
+@pytest.mark.parametrize("bits", [3, 6, 10])
+def test_sizes_between_powers_of_two(bits):
+    assert len({padded(count) for count in range(2**bits + 1, 2 ** (bits + 1) + 1)}) == 8
+
+
+def test_a_token_that_is_not_finite_stays_alone():
+    """Padding repeats tokens of the expert, never those of others."""
+    x, gates, mask, up, down = layer(21, 4, 3, 5, "swiglu", torch.float32)
+    mask[0], mask[1:, 3] = False, True
+    mask[0, 1] = True
+    with torch.no_grad():
+        x[0] = float("inf")
+    y = looped_experts(x, gates, mask, up, down, "swiglu")
+    assert not y[0].isfinite().all() and y[1:].isfinite().all()
+    y[1:].sum().backward()
+    assert all(tensor.grad[2:].isfinite().all() for tensor in (up, down))
 
 
 @pytest.mark.parametrize("hidden", [1, 7, 64])
@@ -176,7 +208,7 @@ def test_sums_of_bfloat16_are_taken_in_float32(hidden):
     # 1 + 255 * 2^-9 loses all its small terms where it is added up in bfloat16
     rows = torch.full((256, hidden), 2.0**-9, dtype=torch.bfloat16)
     rows[0] = 1
-    mask = torch.ones(1, 256, dtype=torch.bool)
-    total = sum_of_pairs(rows, *pairs_of_tokens(mask, kept_pairs(mask)[2]))
+    pairs = padded_pairs(torch.ones(1, 256, dtype=torch.bool))
+    total = sum_of_pairs(rows, pairs.place_P, pairs.begin_T)
     assert total.dtype == torch.bfloat16
     assert torch.equal(total, torch.full((1, hidden), 1 + 255 * 2.0**-9).bfloat16())

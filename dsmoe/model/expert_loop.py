@@ -2,9 +2,9 @@
 
 An expert's tokens are gathered when it is their turn, in the backward pass again, so that what one product writes is
 still in the cache when the next one reads it. Kept for the backward pass are tokens, gates, places and pre-activations:
-H numbers a pair.
+H numbers a pair. Blocks are padded (see `dsmoe.model.pairs`).
 
-Shapes: T tokens, P kept pairs, C pairs of an expert, N experts, D hidden size, F hidden units of one expert,
+Shapes: T tokens, R rows (pairs and padding), C rows of an expert, N experts, D hidden size, F hidden units of one expert,
 H = 2F (swiglu) or F (gelu).
 """
 
@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dsmoe.model.kernels import gated_activation, gated_activation_backward
-from dsmoe.model.pairs import blocks, kept_pairs, pairs_of_tokens, sum_of_pairs
+from dsmoe.model.pairs import PaddedPairs, blocks, padded_pairs, sum_of_pairs
 
 
 class _LoopedExperts(torch.autograd.Function):
@@ -32,21 +32,21 @@ class _LoopedExperts(torch.autograd.Function):
         mlp_type: str,
     ) -> Tensor:
         dtype = x_TD.dtype
-        token_P, _, counts_N = kept_pairs(mask_TN)
-        place_P, begin_T = pairs_of_tokens(mask_TN, counts_N)
-        gates_P = gates_TN.T[mask_TN.T].to(dtype)
+        pairs = padded_pairs(mask_TN)
+        num_rows = pairs.token_R.shape[0]
+        gates_R = x_TD.new_zeros(num_rows)
+        gates_R[pairs.place_P] = gates_TN[mask_TN].to(dtype)
         up, down = up_NHD.to(dtype), down_NFD.to(dtype)
-        h_PH = x_TD.new_empty(token_P.shape[0], up.shape[1])
-        y_PD = x_TD.new_empty(token_P.shape[0], x_TD.shape[1])
-        counts = counts_N.tolist()
-        for expert, rows in blocks(counts):
-            torch.mm(x_TD.index_select(0, token_P[rows]), up[expert].T, out=h_PH[rows])
-            act_C1F = gated_activation(h_PH[rows, None], gates_P[rows, None], mlp_type)
-            torch.mm(act_C1F[:, 0], down[expert], out=y_PD[rows])
-        ctx.counts, ctx.mlp_type, ctx.gates_dtype = counts, mlp_type, gates_TN.dtype
-        kept = (h_PH,) if any(ctx.needs_input_grad) else ()
-        ctx.save_for_backward(x_TD, mask_TN, token_P, place_P, begin_T, gates_P, up_NHD, down_NFD, *kept)
-        return sum_of_pairs(y_PD, place_P, begin_T)
+        h_RH = x_TD.new_empty(num_rows, up.shape[1])
+        y_RD = x_TD.new_empty(num_rows, x_TD.shape[1])
+        for expert, rows in blocks(pairs.counts):
+            torch.mm(x_TD.index_select(0, pairs.token_R[rows]), up[expert].T, out=h_RH[rows])
+            act_C1F = gated_activation(h_RH[rows, None], gates_R[rows, None], mlp_type)
+            torch.mm(act_C1F[:, 0], down[expert], out=y_RD[rows])
+        ctx.counts, ctx.mlp_type, ctx.gates_dtype = pairs.counts, mlp_type, gates_TN.dtype
+        kept = (h_RH,) if any(ctx.needs_input_grad) else ()
+        ctx.save_for_backward(x_TD, mask_TN, *pairs[1:], gates_R, up_NHD, down_NFD, *kept)
+        return sum_of_pairs(y_RD, pairs.place_P, pairs.begin_T)
 
     @staticmethod
     @once_differentiable
@@ -57,34 +57,34 @@ class _LoopedExperts(torch.autograd.Function):
 
 
 def _backward(ctx: Any, grad_TD: Tensor) -> tuple[Tensor | None, ...]:
-    x_TD, mask_TN, token_P, place_P, begin_T, gates_P, up_NHD, down_NFD, h_PH = ctx.saved_tensors
+    x_TD, mask_TN, *places, gates_R, up_NHD, down_NFD, h_RH = ctx.saved_tensors
+    pairs = PaddedPairs(ctx.counts, *places)
     needs_x, needs_gates, _, needs_up, needs_down, _ = ctx.needs_input_grad
     dtype = x_TD.dtype
     grad_TD = grad_TD.to(dtype)
     up, down = up_NHD.to(dtype), down_NFD.to(dtype)
-    grad_x_PD = x_TD.new_empty(token_P.shape[0], x_TD.shape[1]) if needs_x else None
+    grad_x_RD = x_TD.new_empty(len(pairs.token_R), x_TD.shape[1]) if needs_x else None
     grad_up = torch.zeros_like(up_NHD) if needs_up else None
     grad_down = torch.zeros_like(down_NFD) if needs_down else None
-    grad_gates_P = torch.empty_like(gates_P)
-    for expert, rows in blocks(ctx.counts):
-        grad_CD = grad_TD.index_select(0, token_P[rows])
+    grad_gates_R = torch.empty_like(gates_R)
+    for expert, rows in blocks(pairs.counts):
+        grad_CD = grad_TD.index_select(0, pairs.token_R[rows])
         grad_act_C1F = (grad_CD @ down[expert].T)[:, None]
-        grad_h_C1H, grad_gates_P[rows, None], act_C1F = gated_activation_backward(
-            grad_act_C1F, h_PH[rows, None], gates_P[rows, None], ctx.mlp_type
+        grad_h_C1H, grad_gates_R[rows, None], act_C1F = gated_activation_backward(
+            grad_act_C1F, h_RH[rows, None], gates_R[rows, None], ctx.mlp_type
         )
         grad_h_CH = grad_h_C1H[:, 0]
         if grad_up is not None:
-            grad_up[expert] = grad_h_CH.T @ x_TD.index_select(0, token_P[rows])
+            grad_up[expert] = grad_h_CH.T @ x_TD.index_select(0, pairs.token_R[rows])
         if grad_down is not None:
             grad_down[expert] = act_C1F[:, 0].T @ grad_CD
-        if grad_x_PD is not None:
-            torch.mm(grad_h_CH, up[expert], out=grad_x_PD[rows])
-    grad_x = None if grad_x_PD is None else sum_of_pairs(grad_x_PD, place_P, begin_T)
+        if grad_x_RD is not None:
+            torch.mm(grad_h_CH, up[expert], out=grad_x_RD[rows])
+    grad_x = None if grad_x_RD is None else sum_of_pairs(grad_x_RD, pairs.place_P, pairs.begin_T)
     grad_gates = None
     if needs_gates:
-        grad_NT = torch.zeros(mask_TN.T.shape, dtype=ctx.gates_dtype, device=mask_TN.device)
-        grad_NT[mask_TN.T] = grad_gates_P.to(ctx.gates_dtype)
-        grad_gates = grad_NT.T
+        grad_gates = torch.zeros(mask_TN.shape, dtype=ctx.gates_dtype, device=mask_TN.device)
+        grad_gates[mask_TN] = grad_gates_R[pairs.place_P].to(ctx.gates_dtype)
     return grad_x, grad_gates, None, grad_up, grad_down, None
 
 
