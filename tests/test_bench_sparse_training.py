@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dsmoe.bench import sparse_training
+from dsmoe.bench.memory import saved_bytes
 from dsmoe.bench.sparse_training import main, sparse_steps
 from dsmoe.records import write_record
 
@@ -14,20 +15,32 @@ from dsmoe.records import write_record
 def test_contestants_compute_the_same():
     steps = sparse_steps((16, 4, 8), 2, 10, torch.float32)
     kept = steps["kept"].layer
-    assert (kept.mask.sum(1) == 2).all()
+    masks = [next(kept.turns) for _ in range(sparse_training._BATCHES)]  # once round
+    assert all((mask.sum(1) == 2).all() for mask in masks) and not torch.equal(masks[0], masks[1])
+    expected = steps["kept"].forward()
     for name in sparse_training.PEERS:
         layer = steps[name].layer
+        index = next(layer.turns)
+        layer.turns = iter([index])
         with torch.no_grad():
-            layer.gates.copy_(kept.gates.gather(1, layer.index))
+            layer.gates.copy_(kept.gates.gather(1, index))
             layer.experts.gate_up_proj.copy_(kept.up)
             layer.experts.down_proj.copy_(kept.down.transpose(1, 2))
-        torch.testing.assert_close(steps[name].forward(), steps["kept"].forward(), rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(steps[name].forward(), expected, rtol=1e-4, atol=1e-5)
     everything = steps["all"].layer
     with torch.no_grad():
         everything.up.copy_(kept.up)
         everything.down.copy_(kept.down)
-        everything.gates.copy_(kept.gates * kept.mask)
-    torch.testing.assert_close(steps["all"].forward(), steps["kept"].forward(), rtol=1e-4, atol=1e-5)
+        everything.gates.copy_(kept.gates * masks[0])
+    torch.testing.assert_close(steps["all"].forward(), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_saved_bytes_are_those_of_one_batch():
+    steps = sparse_steps((64, 4, 8), 2, 64, torch.float32, ())
+    kept = steps["kept"]
+    # x, mask, where a token's pairs begin, 128 pairs' places; at most an eighth more rows with token, gate, H = 16
+    least = 64 * 64 * 4 + 64 * 4 + 64 * 4 + 128 * 4 + 128 * (8 + 4 + 16 * 4)
+    assert least <= saved_bytes(kept.forward, kept.parameters()) <= least + 16 * (8 + 4 + 16 * 4)
 
 
 def test_quick_run_writes_the_promised_form(capsys, tmp_path):

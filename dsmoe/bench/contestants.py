@@ -1,5 +1,6 @@
 """What is compared: layers and whole models, each as a step of forward and backward."""
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -50,29 +51,29 @@ class WideLayer(nn.Module):
 
 
 class TransformersLayer(nn.Module):
-    """transformers' experts, with the kept ones [T, K] and gates given."""
+    """transformers' experts, with gates and the kept experts given: [T, K] of one batch after the other."""
 
     gates: Tensor
 
     def __init__(
-        self, hidden_size: int, num_experts: int, width: int, index_TK: Tensor, implementation: str
+        self, hidden_size: int, num_experts: int, width: int, index_BTK: Tensor, implementation: str
     ) -> None:
         super().__init__()
         config = Qwen3MoeConfig(
             hidden_size=hidden_size, moe_intermediate_size=width, num_experts=num_experts,
-            num_experts_per_tok=index_TK.shape[1],
+            num_experts_per_tok=index_BTK.shape[-1],
         )  # fmt: skip
         config._experts_implementation = implementation
         self.experts = Qwen3MoeExperts(config)
         for parameter in self.experts.parameters():
             nn.init.normal_(parameter, std=hidden_size**-0.5)
         # no Parameter: what autograd keeps of it counts
-        self.register_buffer("gates", torch.rand(index_TK.shape, requires_grad=True))
-        self.register_buffer("index", index_TK)
+        self.register_buffer("gates", torch.rand(index_BTK.shape[1:], requires_grad=True))
+        self.turns = itertools.cycle([index.clone() for index in index_BTK])  # what is kept is one batch's
 
     def forward(self, x_TD: Tensor) -> Tensor:
         """[T, D] to [T, D]."""
-        return self.experts(x_TD, self.index, self.gates)
+        return self.experts(x_TD, next(self.turns), self.gates)
 
 
 @dataclass
@@ -133,7 +134,7 @@ def layer_steps(
     if recompute:
         layers["recompute"] = WideLayer(*sizes, tokens, recompute=True)
     for name in peers:
-        layers[name] = TransformersLayer(*sizes, torch.arange(num_experts).repeat(tokens, 1), name)
+        layers[name] = TransformersLayer(*sizes, torch.arange(num_experts).repeat(1, tokens, 1), name)
     x, gradient = torch.randn(tokens, hidden_size, requires_grad=True), torch.randn(tokens, hidden_size)
     return {name: LayerStep(layer, x, gradient, dtype) for name, layer in layers.items()}
 
