@@ -91,15 +91,33 @@ def test_a_study(train, held_out_corpus_dir, tmp_path, capsys, monkeypatch):
     assert measured["dsmoe", 1.0]["mlp_active_fraction"] == 1.0
     assert list(results["summary"]["dsmoe_minus_smoe"]) == [f"{1 / experts:g}"]
     assert {"results.json", "budgets.png"} <= {path.name for path in (tmp_path / "record").iterdir()}
+    # another share: what was measured before is taken as it is, and stays
+    more = [
+        *words[: words.index("--shares")],
+        "--shares",
+        "0.8",
+        *words[words.index("--tokens") :],
+        "--json",
+        "-",
+    ]
+    calls = []
+    judge = budgets.token_losses
+    monkeypatch.setattr(budgets, "token_losses", lambda *given: calls.append(1) or judge(*given))
+    assert budgets.main([*more, "--only", "dsmoe-*"]) == 0
+    found = json.loads(capsys.readouterr().out)["runs"]
+    assert [one["budget"] for one in found] == [1.0, 1 / experts, 0.8] and len(calls) == 2  # two splits
+    assert {**found[1]} in results["runs"]
     monkeypatch.setattr(budgets, "token_losses", None)
     assert budgets.main([*words, "--json", "-"]) == 0
-    assert json.loads(capsys.readouterr().out)["runs"] == results["runs"]
+    again = json.loads(capsys.readouterr().out)["runs"]
+    assert sorted(again, key=str) == sorted(results["runs"], key=str)
 
 
 def test_bad_input(corpus_dir, tmp_path, capsys):
     (tmp_path / "toy.yaml").write_text("groups: {dense: {}}")
     words = [str(tmp_path / "toy.yaml"), "--output", str(tmp_path / "none"), "--data", str(corpus_dir)]
     assert budgets.main(words) == 2 and "no finished run" in capsys.readouterr().err
+    assert budgets.main([*words, "--only", "x*"]) == 2 and "'x*'" in capsys.readouterr().err
     with pytest.raises(SystemExit):
         budgets.main([*words, "--shares", "1.5"])
     assert "shares must be between 0 and 1" in capsys.readouterr().err

@@ -5,9 +5,11 @@ An SMoE runs as it was trained, and so has one share; a dense model has share 1.
 """
 
 import argparse
+import fnmatch
 import json
 import sys
 import tempfile
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="token folder")
     parser.add_argument(
         "--shares", type=_shares, default=[0.15, 0.25, 0.35, 0.5], metavar="LIST",
-        help="active shares of a DS-MoE, besides those of the study's SMoEs (default: 0.15,0.25,0.35,0.5)",
+        help="active shares of a DS-MoE, besides those of the study's SMoEs of as many experts (default: .15,.25,.35,.5)",
     )  # fmt: skip
     parser.add_argument(
         "--tokens", type=int, default=200_000, help="of each split to judge on (default: %(default)s)"
@@ -66,6 +68,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )  # fmt: skip
     parser.add_argument(
         "--sequence-length", type=int, default=256, help="tokens of a window (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--only", default="*", metavar="PATTERN", help="runs whose name matches, for example 'dense-*'"
     )
     parser.add_argument("--json", metavar="FILE", help="write the results to a file; - for stdout")
     parser.add_argument(
@@ -78,14 +83,24 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, words: str) -> None:
     """Measure what isn't yet, and report; raises UserError on bad input."""
     study = read_study(args.study)
-    finished = [run for run in study.runs if (args.output / run.name / "summary.json").exists()]
+    finished = [
+        run
+        for run in study.runs
+        if (args.output / run.name / "summary.json").exists() and fnmatch.fnmatch(run.name, args.only)
+    ]
     if not finished:
-        raise UserError(f"{args.output}: no finished run of {args.study}; train/study.py makes them")
+        raise UserError(
+            f"{args.output}: no finished run of {args.study} matches {args.only!r}; train/study.py makes them"
+        )
+    if args.record and args.only != "*":
+        raise UserError(f"--record needs all runs, and --only {args.only!r} leaves some out")
     keep_freed_memory()
     texts = Texts(args)
-    shares = sorted({*args.shares, *_trained_shares(args.output, finished)})
+    trained = _trained_shares(args.output, study.runs)
     rows = []
     for one in tqdm(finished, desc="runs", unit="run"):
+        num_experts = read_json(args.output / one.name / "summary.json")["config"]["model"]["num_experts"]
+        shares = sorted({*args.shares, *trained.get(num_experts, ())})
         rows += measured_rows(one, args.output / one.name, texts, shares)
     results = {"runs": rows, "summary": summarise(rows), "texts": texts.descriptions, **describe()}
     report = table(results)
@@ -117,7 +132,7 @@ class Texts:
 
 
 def measured_rows(run: StudyRun, folder: Path, texts: Texts, shares: Sequence[float]) -> list[dict[str, Any]]:
-    """The rows of one run, read back where they were measured before on the same text.
+    """The rows of one run, each read back where it was measured before on the same text.
 
     Args:
         run: of the study.
@@ -132,15 +147,18 @@ def measured_rows(run: StudyRun, folder: Path, texts: Texts, shares: Sequence[fl
     """
     cache = folder / "budgets.json"
     summary = read_json(folder / "summary.json")
-    key = {
-        "texts": texts.descriptions,
-        "shares": list(shares),
-        "training_seconds": summary["training_seconds"],
-    }
+    key = {"texts": texts.descriptions, "training_seconds": summary["training_seconds"]}
+    kept: dict[float, dict[str, Any]] = {}
     if cache.exists():
         known = read_json(cache)
-        if known["key"] == key:
-            return known["rows"]
+        if all(known["key"].get(name) == value for name, value in key.items()):
+            kept = {row["budget"]: row for row in known["rows"]}
+    config = summary["config"]["model"]
+    wanted = (
+        [share for share in shares if share >= 1 / config["num_experts"]] if config["kind"] == "dsmoe" else []
+    )
+    if kept and all(budget in kept for budget in wanted):
+        return [row for budget, row in kept.items() if budget in {*wanted, 1.0} or config["kind"] == "smoe"]
     model, _ = load_pretrained(folder, torch.float32)
     shared = {
         "arm": run.point, "group": run.group, "kind": model.config.kind, "seed": run.seed,
@@ -148,12 +166,13 @@ def measured_rows(run: StudyRun, folder: Path, texts: Texts, shares: Sequence[fl
     }  # fmt: skip
     rows = []
     for budget, policies in budgets_of(model.eval(), texts, shares).items():
-        row: dict[str, Any] = {**shared, "budget": budget}
-        for split, text in texts.judged.items():
+        row: dict[str, Any] = kept.get(budget) or {**shared, "budget": budget}
+        for split, text in texts.judged.items() if budget not in kept else ():
             losses, active = token_losses(model, text.batches, policies)
             row[f"{split}_loss"], row["mlp_active_fraction"] = float(np.mean(losses)), active
         rows.append(row)
-    write_json(cache, {"key": key, "rows": rows})
+    left = [row for budget, row in kept.items() if budget not in {row["budget"] for row in rows}]
+    write_json(cache, {"key": key, "rows": [*rows, *left]})
     return rows
 
 
@@ -179,12 +198,14 @@ def budgets_of(model: DSMoEForCausalLM, texts: Texts, shares: Sequence[float]) -
     return found
 
 
-def _trained_shares(output: Path, runs: Sequence[StudyRun]) -> set[float]:
-    found = set()
+def _trained_shares(output: Path, runs: Sequence[StudyRun]) -> dict[int, set[float]]:
+    """The shares that the finished SMoEs were trained with, by their number of experts."""
+    found: dict[int, set[float]] = defaultdict(set)
     for run in runs:
-        model: Mapping[str, Any] = read_json(output / run.name / "summary.json")["config"]["model"]
-        if model["kind"] == "smoe":
-            found.add(model["mlp_routing"]["k"] / model["num_experts"])
+        if (output / run.name / "summary.json").exists():
+            model: Mapping[str, Any] = read_json(output / run.name / "summary.json")["config"]["model"]
+            if model["kind"] == "smoe":
+                found[model["num_experts"]].add(model["mlp_routing"]["k"] / model["num_experts"])
     return found
 
 
