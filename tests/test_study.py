@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -142,6 +143,32 @@ def test_a_record_says_what_is_missing(study, tmp_path):
     (tmp_path / "runs" / "mended").touch()
     assert main(options) == 0
     assert "PARTIAL" not in (tmp_path / "record" / "README.md").read_text()
+
+
+def test_what_a_record_holds_is_not_trained_again(study, tmp_path):
+    output, record = tmp_path / "runs", tmp_path / "record"
+    options = [str(study), "--output", str(output), "--record", str(record), "--only"]
+    assert main([*options, "dsmoe-*"]) == 0
+    before = json.loads((record / "results.json").read_text())
+    shutil.rmtree(output)
+    assert main([*options, "*-small-*"]) == 0
+    assert not (output / "dsmoe-small-1k-s0").exists()
+    after = json.loads((record / "results.json").read_text())
+    assert [row for row in after["runs"] if row["kind"] == "dsmoe"] == before["runs"]
+    assert len(after["runs"]) == 6 and len(after["missing"]) == 4
+    logs = [json.loads(line)["run"] for line in (record / "logs.jsonl").read_text().splitlines()]
+    assert logs == [row["name"] for row in after["runs"]]
+    # the same text at another place is the same study; another setting, another seed's name or another text is not
+    assert main([*options, "dsmoe-*", "--set", "data.path=elsewhere"]) == 0
+    assert not (output / "dsmoe-small-1k-s0").exists()
+    corpus = tmp_path / "corpus"
+    corpus.mkdir()
+    (corpus / "meta.json").write_text("{}")
+    assert main([*options, "dsmoe-small-1k-s0", "--set", f"data.path={corpus}"]) == 0
+    assert (output / "dsmoe-small-1k-s0").exists()
+    assert not (output / "dsmoe-small-1k-s1").exists()
+    assert main([*options, "dsmoe-small-1k-s1", "--set", "optim.eps=1e-6"]) == 0
+    assert (output / "dsmoe-small-1k-s1").exists()
 
 
 def test_a_finished_run_of_other_settings_is_not_taken(study, tmp_path, capsys):

@@ -11,6 +11,7 @@ from typing import Any
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import write_json, write_text
 from dsmoe.records import write_record
+from dsmoe.study.kept import Kept, read_kept
 from dsmoe.study.launcher import launch
 from dsmoe.study.plot import curves_plot, losses_plot
 from dsmoe.study.spec import Study, read_study
@@ -23,7 +24,8 @@ EPILOG = """examples:
 
 Run it again after an interruption: finished runs are kept, the others go on from their last checkpoint. The output folder
 gets a folder per run, results.json, table.md, losses.png and, where the study has curves, curves.png; a record also
-the runs' logs (logs.jsonl).
+the runs' logs (logs.jsonl). What a record holds of these settings and this text is not trained again where the run's
+folder is gone; without --record everything is.
 """
 
 
@@ -78,12 +80,14 @@ def _run(args: argparse.Namespace) -> None:
         print("\n".join(run.name for run in chosen))
         return
     args.output.mkdir(parents=True, exist_ok=True)
+    kept = read_kept(study, args.record)
     failed: dict[str, str] = {}
     if not args.table_only:
+        to_do = [run for run in chosen if run.name not in kept.rows or (args.output / run.name).exists()]
         failed = launch(
-            study, chosen, args.output, workers=args.workers, threads=args.threads, minutes=args.minutes
+            study, to_do, args.output, workers=args.workers, threads=args.threads, minutes=args.minutes
         )["failed"]
-    results = collect(study, args.output)
+    results = collect(study, args.output, kept)
     write_json(args.output / "results.json", results)
     if results["runs"]:
         write_text(args.output / "table.md", table(results) + "\n")
@@ -92,16 +96,16 @@ def _run(args: argparse.Namespace) -> None:
             curves_plot(results, args.output / "curves.png")
         print(table(results))
         if args.record:
-            _write_record(args, study, results)
+            _write_record(args, study, results, kept)
     print(json.dumps({"finished": len(results["runs"]), "missing": len(results["missing"])}), file=sys.stderr)
     if failed:
         name, words = next(iter(failed.items()))
         raise UserError(f"{len(failed)} run(s) failed, the first {args.output / name}: {words}")
 
 
-def _write_record(args: argparse.Namespace, study: Study, results: Mapping[str, Any]) -> None:
+def _write_record(args: argparse.Namespace, study: Study, results: Mapping[str, Any], kept: Kept) -> None:
     """The record of what is finished; it says so where something is missing."""
-    write_text(args.output / "logs.jsonl", "".join(_logs(args.output, results)))
+    write_text(args.output / "logs.jsonl", "".join(_logs(args.output, results, kept)))
     names = ["results.json", "losses.png", *(["curves.png"] if results["curves"] else []), "logs.jsonl"]
     missing = len(results["missing"])
     partial = f"PARTIAL: {missing} of {len(study.runs)} runs are missing. " if missing else ""
@@ -116,9 +120,13 @@ def _write_record(args: argparse.Namespace, study: Study, results: Mapping[str, 
     )
 
 
-def _logs(output: Path, results: Mapping[str, Any]) -> Iterator[str]:
+def _logs(output: Path, results: Mapping[str, Any], kept: Kept) -> Iterator[str]:
     """The log lines of the finished runs, each with the run's name; without the routers' statistics, which are long."""
     for run in results["runs"]:
-        for line in (output / run["name"] / "log.jsonl").read_text(encoding="utf-8").splitlines():
+        path = output / run["name"] / "log.jsonl"
+        if not path.exists():
+            yield from kept.logs[run["name"]]
+            continue
+        for line in path.read_text(encoding="utf-8").splitlines():
             fields = {name: value for name, value in json.loads(line).items() if name != "router"}
             yield json.dumps({"run": run["name"], **fields}) + "\n"

@@ -8,6 +8,7 @@ from typing import Any
 from dsmoe.accounting import markdown_table
 from dsmoe.files import read_json
 from dsmoe.study.curves import follow, sentence
+from dsmoe.study.kept import Kept, digest
 from dsmoe.study.spec import Study, StudyRun
 from dsmoe.trainer.seeds import spread
 
@@ -22,23 +23,31 @@ def final_loss(row: Mapping[str, Any], split: str = "validation") -> float:
     return row[f"{split}_loss"] if sparse is None else sparse
 
 
-def collect(study: Study, output: Path) -> dict[str, Any]:
+def collect(study: Study, output: Path, kept: Kept | None = None) -> dict[str, Any]:
     """Everything that the finished runs gave.
+
+    Args:
+        study: the study.
+        output: the folder of its runs.
+        kept: runs of its record; they stand in for those that have no folder.
 
     Returns:
         {"name", "runs": [one dict per finished run], "missing": names, "groups": [mean and spread over seeds of each
         point], "pairs": [paired differences first - second at each point that both groups have], "curves": of
         `dsmoe.study.curves.follow`}.
     """
-    rows, missing, environment = [], [], {}
+    kept = kept or Kept()
+    rows, missing, environment = [], [], kept.environment
     for run in study.runs:
         path = output / run.name / "summary.json"
-        if not path.exists():
+        if path.exists():
+            summary = read_json(path)
+            environment = summary["environment"]
+            rows.append({**_row(run, summary), "digest": digest(study, run)})
+        elif run.name in kept.rows:
+            rows.append(kept.rows[run.name])
+        else:
             missing.append(run.name)
-            continue
-        summary = read_json(path)
-        environment = summary["environment"]
-        rows.append(_row(run, summary))
     return {
         "name": study.name,
         "runs": rows,
@@ -53,7 +62,12 @@ def collect(study: Study, output: Path) -> dict[str, Any]:
 def _row(run: StudyRun, summary: Mapping[str, Any]) -> dict[str, Any]:
     found = {"name": run.name, "group": run.group, "labels": run.labels, "seed": run.seed}
     found |= {key: summary[key] for key in COPIED if key in summary}
-    return {**found, "model": summary["config"]["model"], "settings": run.settings}
+    return {
+        **found,
+        "model": summary["config"]["model"],
+        "settings": run.settings,
+        "corpus": summary["environment"].get("corpus"),
+    }
 
 
 def _point(row: Mapping[str, Any]) -> tuple[str, ...]:
