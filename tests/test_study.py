@@ -271,6 +271,21 @@ def test_a_curve_follows_a_pair_along_tokens(study, tmp_path, capsys):
     assert "![curves](curves.png)" in (tmp_path / "record" / "README.md").read_text()
 
 
+def test_curves_without_points_are_not_drawn_yet(study, tmp_path):
+    content = copy.deepcopy(STUDY)
+    content["curves"] = [
+        {"pair": ["dsmoe", "dense"], "against": "tokens", "points": ["1k"]},
+        {"pair": ["dsmoe", "dense"], "against": "parameters", "points": ["2k"]},
+    ]
+    content["groups"]["dsmoe"]["grid"]["tokens"]["2k"] = {"train.total_tokens": 2000}
+    study.write_text(yaml.safe_dump(content, sort_keys=False))
+    options = [str(study), "--output", str(tmp_path / "runs"), "--record", str(tmp_path / "record"), "--only"]
+    assert main([*options, "dsmoe-small-1k-*"]) == 0
+    assert not (tmp_path / "record" / "curves.png").exists()
+    assert main([*options, "dense-small-1k-*"]) == 0
+    assert (tmp_path / "record" / "curves.png").exists()
+
+
 def test_a_line_and_its_intervals_are_those_of_scipy():
     generator = np.random.default_rng(0)
     at = np.repeat([2e6, 8e6, 3e7], 3)

@@ -92,7 +92,7 @@ def _run(args: argparse.Namespace) -> None:
     if results["runs"]:
         write_text(args.output / "table.md", table(results) + "\n")
         losses_plot(results, args.output / "losses.png")
-        if results["curves"]:
+        if _has_curves(results):
             curves_plot(results, args.output / "curves.png")
         print(table(results))
         if args.record:
@@ -103,10 +103,15 @@ def _run(args: argparse.Namespace) -> None:
         raise UserError(f"{len(failed)} run(s) failed, the first {args.output / name}: {words}")
 
 
+def _has_curves(results: Mapping[str, Any]) -> bool:
+    """Whether anything can be drawn yet: a study that has just begun has curves without points."""
+    return any(curve["points"] for curve in results["curves"])
+
+
 def _write_record(args: argparse.Namespace, study: Study, results: Mapping[str, Any], kept: Kept) -> None:
     """The record of what is finished; it says so where something is missing."""
     write_text(args.output / "logs.jsonl", "".join(_logs(args.output, results, kept)))
-    names = ["results.json", "losses.png", *(["curves.png"] if results["curves"] else []), "logs.jsonl"]
+    names = ["results.json", "losses.png", *(["curves.png"] if _has_curves(results) else []), "logs.jsonl"]
     missing = len(results["missing"])
     partial = f"PARTIAL: {missing} of {len(study.runs)} runs are missing. " if missing else ""
     write_record(

@@ -42,15 +42,16 @@ def curves_plot(results: Mapping[str, Any], path: str | Path) -> None:
     """Differences of every seed against tokens or parameters, one panel each, with the fitted lines.
 
     Args:
-        results: of `dsmoe.study.tabulate.collect`, with at least one curve.
+        results: of `dsmoe.study.tabulate.collect`, with at least one curve that has points.
         path: the PNG.
     """
-    along = list(dict.fromkeys(curve["against"] for curve in results["curves"]))
+    curves = [curve for curve in results["curves"] if curve["points"]]
+    along = list(dict.fromkeys(curve["against"] for curve in curves))
     figure, panels = pyplot().subplots(
         1, len(along), figsize=(5.2 * len(along), 3.8), squeeze=False, sharey=True
     )
     panel_of = dict(zip(along, panels[0]))
-    for curve in results["curves"]:
+    for curve in curves:
         panel = panel_of[curve["against"]]
         measured = [(point["at"], value) for point in curve["points"] for value in point["differences"]]
         name = f"{curve['first']} - {curve['second']}"
