@@ -134,6 +134,10 @@ class Run:
         lines = (self.folder / "log.jsonl").read_text(encoding="utf-8").splitlines()
         return [{k: v for k, v in json.loads(line).items() if k != "tokens_per_second"} for line in lines]
 
+    def summary(self):
+        """The run's summary.json."""
+        return json.loads((self.folder / "summary.json").read_text(encoding="utf-8"))
+
     def losses(self):
         """Language-modelling losses of the logged steps."""
         return [line["lm_loss"] for line in self.log() if "lm_loss" in line]

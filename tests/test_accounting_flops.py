@@ -85,6 +85,23 @@ def test_training_of_an_smoe_counts_only_the_kept_experts(attention):
     assert training_flops_per_token(config, LENGTH) * BATCH * LENGTH == both
 
 
+@pytest.mark.parametrize("attention", [{}, {**MOA, "attention_routing": {"policy": "top_k", "k": 1}}])
+def test_a_step_of_the_mask_phase_counts_only_the_kept_experts(attention):
+    config, model = make(num_experts=4, mlp_routing={"policy": "threshold", "threshold": 1.0}, **attention)
+    ids = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)
+    outputs = {}
+    both = counted(
+        lambda: outputs.update(model(ids, labels=ids, use_cache=False)) or outputs["loss"].backward()
+    )
+    kept = [
+        float((4 * logits.softmax(-1) >= 1.0).sum()) / (BATCH * LENGTH) for logits in outputs["router_logits"]
+    ]
+    assert all(1 <= mean < 4 for mean in kept)
+    step = training_flops_per_token(config, LENGTH, {"mlp": kept}, masked=True)
+    assert step * BATCH * LENGTH == pytest.approx(both, rel=1e-12)
+    assert step < training_flops_per_token(config, LENGTH)
+
+
 def test_decoding_flops_after_removal_equal_torchs_count():
     # each layer keeps one of two stored experts, of four; the routers score all
     config, model = make(

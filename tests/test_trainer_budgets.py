@@ -12,6 +12,8 @@ from hypothesis import strategies as st
 from test_trainer_guard import poison
 from test_trainer_resume import interrupt_before
 
+from dsmoe.accounting import training_flops_per_token
+from dsmoe.config import DSMoEConfig
 from dsmoe.config.run import MaskPhaseSettings
 from dsmoe.errors import UserError
 from dsmoe.model.routing import keep_experts
@@ -157,10 +159,24 @@ def test_a_run_learns_several_budgets(train):
     for target in (0.5, 0.75):
         assert shares[target][0] == pytest.approx(target, abs=0.1)
         assert sum(shares[target]) / len(shares[target]) == pytest.approx(target, abs=0.1)
-    summary = json.loads((run.folder / "summary.json").read_text())
+    summary = run.summary()
     assert summary["mask_phase_thresholds"] == lines[-1]["mask_phase"]["thresholds"]
     assert summary["mask_phase_threshold"] == summary["mask_phase_thresholds"]["0.5"]
     assert summary["mask_phase_thresholds"]["0.5"] > summary["mask_phase_thresholds"]["0.75"]
+    # the cost counts each step of the phase at what it kept, by the log
+    kept = [
+        [4.0] * 2
+        if line["mask_phase"]["target"] == 1.0
+        else [sum(layer) for layer in line["router"]["mlp"]["load"]]
+        for line in lines
+    ]
+    config = DSMoEConfig.from_pretrained(run.folder / "final")
+    assert summary["masked_tokens"] == 18 * 128
+    per_step = [training_flops_per_token(config, 16, causal=True)] * 6 + [
+        training_flops_per_token(config, 16, {"mlp": step}, causal=True, masked=True) for step in kept
+    ]
+    assert summary["training_flops"] == pytest.approx(sum(per_step) * 128, rel=1e-3)
+    assert summary["training_flops"] < 0.95 * per_step[0] * 24 * 128
     # sparse validation keeps about what the nearest target says
     assert sum(summary["active_experts_sparse"]) / 8 == pytest.approx(0.5, abs=0.1)
 
@@ -188,6 +204,7 @@ def test_resumed_equals_uninterrupted(train, monkeypatch, step):
         assert train("run", **PHASE).status == 130
     resumed = train("run", **PHASE, train__resume=True)
     assert resumed.log() == whole.log()
+    assert resumed.summary()["training_flops"] == whole.summary()["training_flops"]
     for name, tensor in whole.weights().items():
         assert torch.equal(resumed.weights()[name], tensor), name
 

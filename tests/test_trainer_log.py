@@ -38,7 +38,7 @@ def test_log_lines(train):
         assert len(line["active_experts"]) == 2 and all(1 <= value <= 4 for value in line["active_experts"])
     validated = {line["step"]: line for line in run.log() if "validation_loss" in line}
     assert sorted(validated) == [4, 8]
-    summary = json.loads((run.folder / "summary.json").read_text())
+    summary = run.summary()
     assert summary["validation_loss"] == validated[8]["validation_loss"]
     assert summary["tokens"] == 1024 and summary["seed"] == 0 and summary["kind"] == "dsmoe"
     assert {"versions", "hardware", "kernel", "corpus"} <= set(summary["environment"])
@@ -55,7 +55,7 @@ def test_validation_loss_is_that_of_the_final_model(train, corpus_dir, isolated)
     run = train(
         "run", **SHORT, train__eval_policy={"policy": "top_k", "k": 1}, data__isolate_documents=isolated
     )
-    summary = json.loads((run.folder / "summary.json").read_text())
+    summary = run.summary()
     model = DSMoEForCausalLM.from_pretrained(run.folder / "final", dtype=torch.float64)
     for policy, name in (("dense", "validation_loss"), ("top_k", "validation_loss_sparse")):
         model.config.mlp_routing = [{"policy": policy, "k": 1}] * 2
@@ -99,7 +99,7 @@ def test_smoe_trains_sparsely(train):
         for load in line["router"]["mlp"]["load"]:
             assert sum(load) == pytest.approx(2, abs=1e-5)
     assert steps(run)[-1]["lm_loss"] < steps(run)[0]["lm_loss"]
-    summary = json.loads((run.folder / "summary.json").read_text())
+    summary = run.summary()
     assert "validation_loss_sparse" not in summary
 
 
@@ -126,7 +126,7 @@ def test_mask_phase(train):
     # the policy of the phase is not part of the model: `dsmoe sparsify` decides that
     model = DSMoEForCausalLM.from_pretrained(run.folder / "final")
     assert model.config.mlp_routing == [{"policy": "dense"}] * 2
-    summary = json.loads((run.folder / "summary.json").read_text())
+    summary = run.summary()
     assert summary["mask_phase_threshold"] > 0.5
 
 

@@ -176,7 +176,7 @@ def test_a_run_follows_the_formula_and_rests_in_the_mask_phase(train, mode):
             coefs = by_hand(coefs, line["router"]["mlp"]["above_threshold"])
         assert line["mi_coefs"] == pytest.approx(coefs, rel=1e-4)
     assert lines[5]["mi_coefs"] != lines[4]["mi_coefs"]
-    summary = json.loads((run.folder / "summary.json").read_text())
+    summary = run.summary()
     assert summary["mi_coefs"] == lines[-1]["mi_coefs"]
 
 

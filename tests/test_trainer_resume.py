@@ -65,7 +65,7 @@ def test_resumed_equals_uninterrupted(train, monkeypatch, settings, capsys):
     theirs = whole.weights()
     for name, tensor in resumed.weights().items():
         assert torch.equal(tensor, theirs[name]), name
-    summaries = [json.loads((run.folder / "summary.json").read_text()) for run in (whole, resumed)]
+    summaries = [run.summary() for run in (whole, resumed)]
     assert summaries[0]["validation_loss"] == summaries[1]["validation_loss"]
 
 
@@ -251,7 +251,7 @@ def test_all_random_states_are_kept(train, monkeypatch):
 def test_a_finished_run_of_an_older_version_is_known(train):
     """Settings that it did not have count as their defaults."""
     run = train("run")
-    summary = json.loads((run.folder / "summary.json").read_text())
+    summary = run.summary()
     del summary["config"]["guard"], summary["config"]["train"]["precision"]
     (run.folder / "summary.json").write_text(json.dumps(summary))
     assert train("run", train__resume=True).status == 0

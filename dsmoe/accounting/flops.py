@@ -112,30 +112,33 @@ def training_flops_per_token(
     mean_active: MeanActive | None = None,
     gradient_checkpointing: bool = False,
     causal: bool = False,
+    masked: bool = False,
 ) -> float:
     """FLOPs of one training step divided by its tokens: forward plus a backward of twice the forward.
 
     ``3 * forward.total``, plus ``forward.layers`` with gradient checkpointing, which runs every decoder
     layer's forward a second time (the output projection is not recomputed; torch may stop the recomputation
     of a layer before its last products, which saves a little). A dense model and a DS-MoE compute all their
-    experts, whatever policies the config holds for inference; an SMoE only those that its policies keep
-    (with attention experts still the scores of all heads, as its tokens keep different ones).
+    experts, whatever policies the config holds for inference; an SMoE, and a step of the mask phase, only those
+    that are kept (with attention experts still the scores of all heads, as the tokens keep different ones).
 
     Args:
         config: a DSMoEConfig, or any object with its attributes.
         sequence_length: tokens of a training sequence.
-        mean_active: for an SMoE trained with a threshold: its measured mean active experts.
+        mean_active: measured mean active experts, as in `count_parameters`: for a step of the mask phase, and for an
+            SMoE trained with a threshold.
         gradient_checkpointing: recompute the layers in the backward pass.
         causal: count only the visible half of the attention scores, (T + 1) / 2 keys a token. The default
             counts all T, which is the convention of PaLM (arXiv 2204.02311, appendix B) and of torch's
             FlopCounterMode.
+        masked: of a step of the mask phase, which computes the kept experts only.
 
     Raises:
         UserError: as `forward_flops_per_token`.
     """
     context = (sequence_length + 1) / 2 if causal else sequence_length
     forward = all_experts = forward_flops_per_token(config, context, all_experts=True)
-    if config.kind == "smoe":
+    if masked or config.kind == "smoe":
         forward = forward_flops_per_token(config, context, mean_active)
         forward = replace(forward, attention_scores=all_experts.attention_scores)
     return 3 * forward.total + (forward.layers if gradient_checkpointing else 0.0)

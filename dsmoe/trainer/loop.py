@@ -175,6 +175,8 @@ class TrainingRun:
         controller.start(lambda shares: first_thresholds(self.stepper, batches, shares))
         with use_routing(self.raw_model, **controller.routing(self.step, self.raw_model.config.num_experts)):
             result = self.stepper.step(batches, mi_factor)
+            if result.skipped is None:
+                self.state.masked.add(self.raw_model.config, result.statistics)
         if result.skipped is None:
             statistics = result.statistics["mlp"]
             share = float((statistics.load_LN.mean() / statistics.num_tokens).item())
@@ -268,7 +270,9 @@ class TrainingRun:
             "tokens": self.config.total_steps * self.config.tokens_per_step,
             **found,
             **self.validator.test(self.controller),
-            **sizes_and_cost(self.config, self.raw_model.config, found.get("active_experts_sparse")),
+            **sizes_and_cost(
+                self.config, self.raw_model.config, found.get("active_experts_sparse"), self.state.masked
+            ),
             "training_seconds": round(self.state.elapsed(), 1),
             "skipped_steps": self.state.guard.total,
             **self.controller.summary(),

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dsmoe.trainer.cost import MaskedSteps
 from dsmoe.trainer.guard import Guard
 from dsmoe.trainer.mask_phase import ThresholdController
 from dsmoe.trainer.mi_control import MIController
@@ -27,6 +28,7 @@ class LoopState:
         guard: counters and running scales of the guard.
         running: the running p(e), where that is asked for.
         mi_control: the steered coefficients of the mutual information, where that is asked for.
+        masked: what the steps of the mask phase computed.
         step: optimiser steps done, skipped ones included; it is also the position in the text.
         seconds: time spent by the processes before this one.
         started: when this process took over.
@@ -36,6 +38,7 @@ class LoopState:
     guard: Guard
     running: RunningMean | None
     mi_control: MIController | None = None
+    masked: MaskedSteps = field(default_factory=MaskedSteps)
     step: int = 0
     seconds: float = 0.0
     started: float = field(default_factory=time.perf_counter)
@@ -51,6 +54,7 @@ class LoopState:
             "seconds": self.elapsed(),
             "controller": self.controller.state(),
             "guard": self.guard.state(),
+            "masked": self.masked.state(),
             **({} if self.mi_control is None else {"mi_control": self.mi_control.state()}),
         }
 
@@ -63,6 +67,7 @@ class LoopState:
         self.step, self.seconds = record["step"], record["seconds"]
         self.controller.load(record["controller"])
         self.guard.load(record["guard"])
+        self.masked.load(record.get("masked", {}))
         if self.mi_control is not None:
             self.mi_control.load(record.get("mi_control", {}))
         if self.running is not None and "running.weight" in tensors:
