@@ -12,7 +12,7 @@ from dsmoe.accounting import (
 )
 from dsmoe.config import DSMoEConfig
 from dsmoe.errors import UserError
-from dsmoe.model import DSMoEForCausalLM
+from dsmoe.model import DSMoEForCausalLM, set_recompute
 
 BATCH, LENGTH = 2, 6
 SMALL = {
@@ -133,6 +133,17 @@ def test_context_adds_scores_of_the_kept_heads_only():
     assert (
         added == 100 * 2 * 2 * 4 * 2 * 2
     )  # keys, two products of 2*n*k, head_dim, heads of one expert, layers
+
+
+@pytest.mark.parametrize("mlp_type", ["swiglu", "gelu"])
+def test_recomputed_experts_equal_torchs_count(mlp_type):
+    config, model = make(num_experts=4, mlp_type=mlp_type)
+    set_recompute(model, True)
+    ids = torch.arange(BATCH * LENGTH).view(BATCH, LENGTH)
+    both = counted(lambda: model(ids, labels=ids, use_cache=False).loss.backward())
+    step = training_flops_per_token(config, LENGTH, recompute_experts=True)
+    assert step * BATCH * LENGTH == pytest.approx(both, rel=1e-12)
+    assert step > training_flops_per_token(config, LENGTH)
 
 
 def test_gradient_checkpointing_adds_one_forward_of_the_layers():

@@ -58,11 +58,12 @@ def test_accelerate_knows_its_configs(path):
 
 
 def test_a_resolved_config_resolves_to_itself(tmp_path):
-    policy = "[{policy: top_k, k: 2}, {policy: dense}]"
+    policy = "[{policy: top_k, k: 2}, {policy: top_k, k: 3}]"
     options = ["--data.path", "somewhere", "--model.num_hidden_layers", "2", "--model.mlp_routing", policy]
+    options += ["--model.kind", "smoe"]
     first, _, resolved = parse([*options, "--train.seeds", "[1,2]", "--data.weights", "{a: 1.0, b: 2}"])
     (tmp_path / "config.yaml").write_text(resolved, encoding="utf-8")
     second, _, again = parse(["--config", str(tmp_path / "config.yaml")])
     assert again == resolved
     assert second == first
-    assert first.model_config().mlp_routing == [{"policy": "top_k", "k": 2}, {"policy": "dense"}]
+    assert first.model_config().mlp_routing == [{"policy": "top_k", "k": 2}, {"policy": "top_k", "k": 3}]

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe.config.run import RunConfig
+from dsmoe.errors import UserError
 from dsmoe.trainer.command import main
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -89,6 +90,30 @@ def test_missing_file(capsys):
         ("mask_phase.fraction", 1.5, "mask_phase.fraction 1.5"),
         ("mask_phase.target_active", 0.0, "target_active 0.0"),
         ("compare_to", "nowhere", "nowhere: no finished run there"),
+        (
+            "train.seeds",
+            [1, 0, 1],
+            "train.seeds [1, 0, 1]: 1 must be from 0 to 2**32 - 1 and stand there once",
+        ),
+        ("train.seeds", [-1], "-1 must be from 0"),
+        ("train.num_threads", -1, "train.num_threads is -1; it must be at least 0"),
+        ("train.save_every_minutes", -1.0, "train.save_every_minutes is -1.0; it must be above 0"),
+        ("train.eval_every_tokens", -7, "train.eval_every_tokens is -7"),
+        ("data.validation_split", "train", "data.validation_split is 'train', which is trained on"),
+        ("optim.learning_rate", -1.0, "optim.learning_rate is -1.0; it must be at least 0"),
+        ("optim.learning_rate", ".nan", "optim.learning_rate is nan"),
+        ("optim.beta1", 1.5, "optim.beta1 is 1.5; it must be from 0 to below 1"),
+        ("optim.eps", -1.0, "optim.eps is -1.0"),
+        ("optim.grad_clip", -1.0, "optim.grad_clip is -1.0; it must be at least 0"),
+        ("optim.weight_decay", -0.1, "optim.weight_decay is -0.1"),
+        ("optim.warmup_fraction", 3.0, "optim.warmup_fraction is 3.0; it must be a share from 0 to 1"),
+        ("router_loss.mi_running_decay", 1.0, "router_loss.mi_running_decay is 1.0"),
+        ("mask_phase.gain", -5.0, "mask_phase.gain is -5.0"),
+        ("model.head_dim", 0, "model.head_dim is 0"),
+        ("model.initializer_range", -1.0, "model.initializer_range is -1.0"),
+        ("model.rope_theta", 0.0, "model.rope_theta is 0.0"),
+        ("model.rms_norm_eps", -1.0, "model.rms_norm_eps is -1.0"),
+        ("model.mlp_routing", {"policy": "top_k", "k": 1}, "model.mlp_routing with model.kind 'dsmoe'"),
     ],
 )
 def test_impossible_values(train, capsys, setting, value, expected):
@@ -99,6 +124,45 @@ def test_impossible_values(train, capsys, setting, value, expected):
     assert len(lines) == 1 and lines[0].startswith("error: ")
     assert expected in lines[0]
     assert not (run.folder / "log.jsonl").exists()
+
+
+def test_a_target_below_one_expert(train, capsys):
+    assert train("run", mask_phase__fraction=0.5, mask_phase__target_active=0.2).status == 2
+    assert "mask_phase.target_active is 0.2, below 1 / num_experts = 0.25" in capsys.readouterr().err
+
+
+def test_an_smoe_has_no_mask_phase(train, capsys):
+    policy = {"policy": "top_k", "k": 2}
+    run = train("run", model__kind="smoe", model__mlp_routing=policy, mask_phase__fraction=0.5)
+    assert run.status == 2
+    assert "mask_phase.fraction is 0.5 with model.kind 'smoe'" in capsys.readouterr().err
+
+
+def test_an_output_folder_that_cannot_be(train, capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    for path in (tmp_path / "file", tmp_path / "file" / "below"):
+        assert train("run", train__output_dir=str(path)).status == 2
+        assert f"error: {path}: can't be made a folder (" in capsys.readouterr().err
+
+
+def test_a_refused_run_changes_nothing(train, capsys):
+    first = train("run", train__save_every_steps=4)
+    config = (first.folder / "config.yaml").read_text()
+    (first.folder / "summary.json").unlink()
+    assert train("run", train__resume=True, model__hidden_size=16).status == 2
+    assert (first.folder / "config.yaml").read_text() == config
+
+
+def test_overwriting_leaves_nothing_of_the_old_model(train, monkeypatch):
+    first = train("run")
+    assert (first.folder / "final").exists()
+
+    def fail(*_):
+        raise UserError("stopped")
+
+    monkeypatch.setattr("dsmoe.trainer.step.Stepper.step", fail)
+    assert train("run", train__overwrite=True).status == 2
+    assert not (first.folder / "final").exists() and not (first.folder / "summary.json").exists()
 
 
 def test_world_size_without_a_launcher(train, capsys, monkeypatch):

@@ -56,6 +56,15 @@ def test_a_run_starts_from_the_weights_of_another(train, dense_run):
         torch.testing.assert_close(after[name], value, rtol=0, atol=0)
 
 
+def test_a_sparsified_model_trains_with_all_its_experts(train, dense_run, capsys):
+    sparse = sparsified(dense_run, "--policy", "top_k", "--k", "1")
+    capsys.readouterr()
+    again = train("again", train__init_from=sparse, **MI)
+    assert "was sparsified (mlp); training begins with all its experts" in capsys.readouterr().out
+    whole = train("whole", train__init_from=dense_run.folder, **MI)
+    assert again.log() == whole.log()
+
+
 def test_the_text_goes_on_where_another_run_ended(train):
     """With a learning rate of zero, losses are those of the text alone."""
     settings = {"optim__learning_rate": 0.0, "train__log_every_steps": 1}

@@ -9,6 +9,7 @@ from dsmoe.accounting.flops import (
     forward_flops_per_token,
     inference_flops_per_token,
     training_flops_per_token,
+    training_forward_flops_per_token,
 )
 from dsmoe.accounting.memory import (
     active_weight_bytes,
@@ -47,6 +48,7 @@ __all__ = [
     "stored_experts",
     "total_parameters",
     "training_flops_per_token",
+    "training_forward_flops_per_token",
     "training_memory_bytes",
     "weight_bytes",
 ]

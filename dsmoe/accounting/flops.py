@@ -106,28 +106,24 @@ def inference_flops_per_token(
     return forward_flops_per_token(config, context_length, mean_active).total
 
 
-def training_flops_per_token(
+def training_forward_flops_per_token(
     config: Any,
     sequence_length: int,
     mean_active: MeanActive | None = None,
-    gradient_checkpointing: bool = False,
     causal: bool = False,
     masked: bool = False,
-) -> float:
-    """FLOPs of one training step divided by its tokens: forward plus a backward of twice the forward.
+) -> ForwardFlops:
+    """FLOPs of one token's forward pass in training.
 
-    ``3 * forward.total``, plus ``forward.layers`` with gradient checkpointing, which runs every decoder
-    layer's forward a second time (the output projection is not recomputed; torch may stop the recomputation
-    of a layer before its last products, which saves a little). A dense model and a DS-MoE compute all their
-    experts, whatever policies the config holds for inference; an SMoE, and a step of the mask phase, only those
-    that are kept (with attention experts still the scores of all heads, as the tokens keep different ones).
+    A dense model and a DS-MoE compute all their experts, whatever policies the config holds for inference; an SMoE,
+    and a step of the mask phase, only those that are kept (with attention experts still the scores of all heads, as
+    the tokens keep different ones).
 
     Args:
         config: a DSMoEConfig, or any object with its attributes.
         sequence_length: tokens of a training sequence.
         mean_active: measured mean active experts, as in `count_parameters`: for a step of the mask phase, and for an
             SMoE trained with a threshold.
-        gradient_checkpointing: recompute the layers in the backward pass.
         causal: count only the visible half of the attention scores, (T + 1) / 2 keys a token. The default
             counts all T, which is the convention of PaLM (arXiv 2204.02311, appendix B) and of torch's
             FlopCounterMode.
@@ -137,8 +133,44 @@ def training_flops_per_token(
         UserError: as `forward_flops_per_token`.
     """
     context = (sequence_length + 1) / 2 if causal else sequence_length
-    forward = all_experts = forward_flops_per_token(config, context, all_experts=True)
-    if masked or config.kind == "smoe":
-        forward = forward_flops_per_token(config, context, mean_active)
-        forward = replace(forward, attention_scores=all_experts.attention_scores)
-    return 3 * forward.total + (forward.layers if gradient_checkpointing else 0.0)
+    all_experts = forward_flops_per_token(config, context, all_experts=True)
+    if not masked and config.kind != "smoe":
+        return all_experts
+    kept = forward_flops_per_token(config, context, mean_active)
+    return replace(kept, attention_scores=all_experts.attention_scores)
+
+
+def training_flops_per_token(
+    config: Any,
+    sequence_length: int,
+    mean_active: MeanActive | None = None,
+    gradient_checkpointing: bool = False,
+    causal: bool = False,
+    masked: bool = False,
+    recompute_experts: bool = False,
+) -> float:
+    """FLOPs of one training step divided by its tokens: forward plus a backward of twice the forward.
+
+    ``3 * forward.total``, plus ``forward.layers`` with gradient checkpointing, which runs every decoder
+    layer's forward a second time (the output projection is not recomputed; torch may stop the recomputation
+    of a layer before its last products, which saves a little), plus the experts' input projections where those are
+    recomputed (in all-experts mode only).
+
+    Args:
+        config: as in `training_forward_flops_per_token`, like all arguments that aren't named here.
+        sequence_length: the same.
+        mean_active: the same.
+        gradient_checkpointing: recompute the layers in the backward pass.
+        causal: the same.
+        masked: the same.
+        recompute_experts: recompute the experts' pre-activations in the backward pass.
+
+    Raises:
+        UserError: as `forward_flops_per_token`.
+    """
+    forward = training_forward_flops_per_token(config, sequence_length, mean_active, causal, masked)
+    again = forward.layers if gradient_checkpointing else 0.0
+    if recompute_experts and not masked and config.kind != "smoe":
+        # of SwiGLU's three products two, of gelu's two one
+        again += forward.mlp * (2 / 3 if config.mlp_type == "swiglu" else 1 / 2)
+    return 3 * forward.total + again

@@ -1,5 +1,6 @@
 """The model's configuration: one architecture that config turns into a dense twin, an SMoE or a DS-MoE."""
 
+import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
@@ -124,6 +125,13 @@ class DSMoEConfig(PreTrainedConfig):
                      "num_attention_heads", "num_attention_experts", "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("rope_theta", "rms_norm_eps"):
+            if not 0 < getattr(self, name) < math.inf:
+                raise UserError(f"model.{name} is {getattr(self, name)}; it must be above 0")
+        for name in ("initializer_range", "router_initializer_range"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise UserError(f"model.{name} is {value}; it must be at least 0")
         self._derive_sizes()
         if self.rope_parameters is None:
             self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta}
@@ -145,8 +153,8 @@ class DSMoEConfig(PreTrainedConfig):
             )
         if self.head_dim is None:
             self.head_dim = _divided(self, "hidden_size", "num_attention_heads")
-        if self.head_dim % 2:
-            raise UserError(f"model.head_dim is {self.head_dim}; rotary embeddings need an even one")
+        if self.head_dim < 1 or self.head_dim % 2:
+            raise UserError(f"model.head_dim is {self.head_dim}; rotary embeddings need an even one above 0")
         heads_per_expert = _divided(self, "num_attention_heads", "num_attention_experts")
         if self.num_key_value_heads is None:
             self.num_key_value_heads = heads_per_expert
@@ -239,6 +247,10 @@ class DSMoEConfig(PreTrainedConfig):
     def is_dense_layer(self, part: str, layer: int) -> bool:
         """Whether a layer keeps all the "mlp" or "attention" experts that it stores for every token."""
         return is_dense(self.routing(part, layer), self.num_kept_experts(part, layer))
+
+    def keeps_all(self, part: str) -> bool:
+        """Whether every layer is such a layer."""
+        return all(self.is_dense_layer(part, layer) for layer in range(self.num_hidden_layers))
 
 
 def _divided(config: DSMoEConfig, name: str, by: str) -> int:

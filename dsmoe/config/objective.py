@@ -54,8 +54,6 @@ class RouterLossSettings:
 
     def check(self) -> None:
         """Raise UserError on values that can't work, naming the field."""
-        if not self.mi_final_factor >= 0:
-            raise UserError(f"router_loss.mi_final_factor is {self.mi_final_factor}; it must be at least 0")
         if self.mi_control == "none":
             return
         if not 0 < self.mi_target_active < 1:

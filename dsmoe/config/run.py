@@ -8,7 +8,8 @@ from typing import Any
 
 from dsmoe.config.model import DSMoEConfig
 from dsmoe.config.objective import DistillationSettings, MaskPhaseSettings, RouterLossSettings
-from dsmoe.config.routing import Policy, check_policy
+from dsmoe.config.ranges import check_ranges
+from dsmoe.config.routing import DENSE, Policy, check_policy
 from dsmoe.errors import UserError
 
 
@@ -202,23 +203,7 @@ class RunConfig:
 
     def check(self) -> None:
         """Raise UserError on values that can't work, naming the field."""
-        for section, name, low in (
-            ("data", "sequence_length", 2),
-            ("data", "first_sample", 0),
-            ("train", "total_tokens", 1),
-            ("train", "global_batch_size", 1),
-            ("train", "micro_batch_size", 1),
-            ("train", "log_every_steps", 1),
-            ("train", "eval_tokens", 1),
-            ("train", "keep_last", 1),
-            ("guard", "spike_stds", 0),
-            ("guard", "spike_window", 2),
-            ("guard", "max_consecutive", 0),
-            ("guard", "max_total", 0),
-        ):
-            value = getattr(getattr(self, section), name)
-            if value < low:
-                raise UserError(f"{section}.{name} is {value}; it must be at least {low}")
+        check_ranges(self)
         self.train.eval_policy = check_policy(
             self.train.eval_policy, self.model.num_experts, "train.eval_policy"
         )
@@ -226,6 +211,16 @@ class RunConfig:
             raise UserError("data.path is empty; give a token folder made by `dsmoe data prepare`")
         if not self.train.seeds:
             raise UserError("train.seeds is empty; give at least one seed")
+        for seed in self.train.seeds:
+            # numpy takes no others
+            if not 0 <= seed < 2**32 or self.train.seeds.count(seed) > 1:
+                raise UserError(
+                    f"train.seeds {self.train.seeds}: {seed} must be from 0 to 2**32 - 1 and stand there once"
+                )
+        if self.data.validation_split == "train":
+            raise UserError(
+                "data.validation_split is 'train', which is trained on; use 'validation' or 'test'"
+            )
         if self.data.sequence_length > self.model.max_position_embeddings:
             raise UserError(
                 f"data.sequence_length {self.data.sequence_length} is above "
@@ -234,6 +229,24 @@ class RunConfig:
         self.router_loss.check()
         self.mask_phase.check()
         self.distillation.check()
+        self._check_kind()
+
+    def _check_kind(self) -> None:
+        """What the kind of model rules out."""
+        kind = self.model.kind
+        if kind == "smoe" and self.mask_phase.fraction:
+            raise UserError(
+                f"mask_phase.fraction is {self.mask_phase.fraction} with model.kind 'smoe', which trains sparsely from "
+                "the first step, by its own policies; leave the mask phase out, or use kind 'dsmoe'"
+            )
+        for name in ("mlp_routing", "attention_routing"):
+            policies = getattr(self.model, name)
+            policies = policies if isinstance(policies, list) else [policies]
+            if kind == "dsmoe" and any((policy or DENSE) != DENSE for policy in policies):
+                raise UserError(
+                    f"model.{name} with model.kind 'dsmoe': it trains with all its experts, and sparsely in the mask "
+                    "phase only; leave the policy out, or use kind 'smoe'"
+                )
 
 
 __all__ = ["DataSettings", "DistillationSettings", "GuardSettings", "MaskPhaseSettings", "ModelSettings", "OptimSettings",

@@ -136,7 +136,8 @@ class Checkpointer:
         if checkpoint is None:
             # nothing to resume, or --train.overwrite: what is left here would later be taken for this run's
             (self.folder / "summary.json").unlink(missing_ok=True)
-            discard(self.folder / "checkpoints")
+            for name in ("checkpoints", "final"):
+                discard(self.folder / name)
             (self.folder / "log.jsonl").unlink(missing_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
         return checkpoint

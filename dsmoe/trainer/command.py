@@ -23,7 +23,7 @@ from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
 from dsmoe.trainer.launch import finish, start
 from dsmoe.trainer.lock import RunLock
 from dsmoe.trainer.loop import TrainingRun
-from dsmoe.trainer.seeds import compare, seed_folders, summarise
+from dsmoe.trainer.seeds import compare, seed_summaries, summarise
 from dsmoe.trainer.signals import Stopped, StopSignals
 from dsmoe.trainer.starting_point import adopt_model
 from dsmoe.trainer.together import on_main
@@ -96,11 +96,13 @@ def _run(argv: Sequence[str] | None) -> None:
     if arguments.print_only:
         print(resolved)
         return
-    adopt_model(config)
+    note = adopt_model(config)
     config.model_config()
-    if arguments.compare_to and not seed_folders(Path(arguments.compare_to)):
+    if arguments.compare_to and not seed_summaries(Path(arguments.compare_to)):
         raise UserError(f"--compare_to {arguments.compare_to}: no finished run there (no summary.json)")
     accelerator = start(config)
+    if note:
+        accelerator.print(note)
     root = Path(config.train.output_dir)
     with StopSignals(speak=accelerator.is_main_process) as signals, ExitStack() as held, told_when_full(root):
         on_main(accelerator, lambda: _take_over(root, held))
@@ -142,6 +144,7 @@ def _train_seeds(
             continue
         _refuse_to_replace(config, folder)
         run = TrainingRun(copy.deepcopy(config), seed, folder, accelerator, signals)
+        run.begin()
         if accelerator.is_main_process:
             write_text(root / "config.yaml", resolved)
         summaries.append(run.run())
@@ -156,7 +159,7 @@ def _compare(root: Path, summaries: list[dict[str, Any]], other: str | None) -> 
         write_json(root / "seeds.json", spread)
         print(json.dumps(spread))
     if other:
-        paired = compare(root, Path(other))
+        paired = compare(summaries, Path(other))
         write_json(root / "comparison.json", {"to": other, **paired})
         print(json.dumps(paired))
 

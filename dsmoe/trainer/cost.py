@@ -1,6 +1,6 @@
 """Sizes and costs that a run's summary reports, from the config and the measured share of active experts."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -9,7 +9,9 @@ from dsmoe.accounting import (
     forward_flops_per_token,
     stored_experts,
     training_flops_per_token,
+    training_forward_flops_per_token,
 )
+from dsmoe.accounting.sizes import MeanActive
 from dsmoe.config import DSMoEConfig
 from dsmoe.config.run import RunConfig
 from dsmoe.losses import RouterStatistics
@@ -33,11 +35,9 @@ class MaskedSteps:
         for part, found in statistics.items():
             kept = (found.load_LN.sum(-1).double() / found.num_tokens.double()).tolist()
             stored = stored_experts(config, part)
-            # with all experts the load is made of shares, not of experts
+            # where all layers keep all experts the load is made of shares, not of experts
             step = [
-                float(most)
-                if config.routing(part, layer)["policy"] == "dense"
-                else min(max(kept[layer], 1.0), most)
+                float(most) if config.is_dense_layer(part, layer) else min(max(kept[layer], 1.0), most)
                 for layer, most in enumerate(stored)
             ]
             before = self.active.get(part, [0.0] * len(step))
@@ -59,53 +59,61 @@ class MaskedSteps:
 def sizes_and_cost(
     config: RunConfig,
     model_config: DSMoEConfig,
-    active_experts_sparse: Sequence[float] | None,
+    mean_active: MeanActive,
     masked: MaskedSteps,
+    *,
+    gathers: bool = False,
+    teacher: DSMoEConfig | None = None,
 ) -> dict[str, Any]:
     """Parameters and training FLOPs.
 
     Args:
         config: of the run.
         model_config: of the model.
-        active_experts_sparse: measured mean MLP experts per layer in sparse mode; None: what the config's policies say.
+        mean_active: measured mean experts per layer in the mode that the model is run in; parts that are left out
+            follow the config's policies.
         masked: the steps of the mask phase.
+        gathers: each step has one more forward pass, for the statistics of its micro-batches.
+        teacher: of the frozen teacher; None: there is none.
 
     Returns:
         num_params_total, num_params_active and mlp_active_fraction (of sparse mode in a DS-MoE, embeddings included),
         training_flops (forward and backward of all steps; a DS-MoE pays for all experts before the mask phase and for
         the kept ones in it), masked_tokens (of the mask phase) and masked_active_experts (mean per layer in it, by part).
     """
-    mean_active = {"mlp": list(active_experts_sparse)} if active_experts_sparse else None
     counts = count_parameters(model_config, mean_active)
-    tokens = config.total_steps * config.tokens_per_step
     masked_tokens = masked.steps * config.tokens_per_step
+    tokens = config.total_steps * config.tokens_per_step
 
-    def per_token(**of_step: Any) -> float:
-        return training_flops_per_token(
+    def per_token(active: MeanActive, in_phase: bool) -> float:
+        length = config.data.sequence_length
+        flops = training_flops_per_token(
             model_config,
-            config.data.sequence_length,
+            length,
+            active,
             gradient_checkpointing=config.train.gradient_checkpointing,
             causal=True,
-            **of_step,
+            masked=in_phase,
+            recompute_experts=config.train.recompute_experts,
         )
+        if gathers:
+            forward = training_forward_flops_per_token(model_config, length, active, True, in_phase)
+            flops += forward.layers
+        return flops
 
-    flops = per_token() * (tokens - masked_tokens)
+    flops = per_token(mean_active, in_phase=False) * (tokens - masked_tokens)
     if masked_tokens:
-        flops += per_token(mean_active=masked.mean_active(), masked=True) * masked_tokens
+        flops += per_token(masked.mean_active(), in_phase=True) * masked_tokens
+    if config.distillation.coef:
+        # a model in all-experts mode is its own teacher's equal: nothing is computed then
+        taught = tokens if teacher is not None or model_config.kind == "smoe" else masked_tokens
+        context = (config.data.sequence_length + 1) / 2
+        flops += forward_flops_per_token(teacher or model_config, context, all_experts=True).total * taught
     return {
         "num_params_total": counts.total,
         "num_params_active": counts.active,
         "mlp_active_fraction": counts.mlp_active_fraction,
-        "training_flops": flops + _teacher_flops(config, model_config) * tokens,
+        "training_flops": flops,
         "masked_tokens": masked_tokens,
         "masked_active_experts": masked.mean_active(),
     }
-
-
-def _teacher_flops(config: RunConfig, model_config: Any) -> float:
-    """FLOPs per token, on average over all steps, of the forward passes that distillation adds."""
-    if not config.distillation.coef:
-        return 0.0
-    share = 1.0 if config.distillation.teacher else config.mask_phase.fraction
-    context = (config.data.sequence_length + 1) / 2
-    return share * forward_flops_per_token(model_config, context, all_experts=True).total

@@ -18,6 +18,7 @@ from dsmoe.config.routing import DENSE
 from dsmoe.config.run import DistillationSettings
 from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM, model_inputs, use_routing
+from dsmoe.trainer.statistics import PARTS
 
 _CHUNK_ENTRIES = 1 << 24  # float32 log-probabilities of a chunk stay below 64 MiB
 
@@ -74,11 +75,7 @@ class Distiller:
         if not self.settings.coef:
             return False
         config = model.config
-        return self.frozen is not None or not all(
-            config.is_dense_layer(part, layer)
-            for part in ("mlp", "attention")
-            for layer in range(config.num_hidden_layers)
-        )
+        return self.frozen is not None or not all(map(config.keeps_all, PARTS))
 
     def add(
         self, loss: Tensor, outputs: Any, model: Any, batch: dict[str, Tensor], num_labels: Tensor

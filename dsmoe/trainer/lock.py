@@ -43,7 +43,10 @@ class RunLock:
         self._released = threading.Event()
 
     def __enter__(self) -> "RunLock":
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{self.path.parent}: can't be made a folder ({error.strerror})") from None
         while not self._take():
             pass
         threading.Thread(target=self._renew, daemon=True).start()

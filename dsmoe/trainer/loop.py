@@ -133,9 +133,21 @@ class TrainingRun:
 
     # --- the loop -------------------------------------------------------------------------------------------
 
+    def begin(self) -> None:
+        """Start afresh, or resume.
+
+        Raises:
+            UserError: there is something to resume, and it is damaged or of another run.
+        """
+        self.checkpointer.begin()
+        self.accelerator.print(
+            f"{self.config.name}: {total_parameters(self.raw_model.config):,}"
+            f" parameters, {self.config.total_steps} steps of {self.config.tokens_per_step:,} tokens, "
+            f"kernel {self.environment['kernel']}, {self.accelerator.num_processes} process(es)"
+        )
+
     def run(self) -> dict[str, Any]:
-        """Train to the end; returns the summary that also stands in summary.json."""
-        self._begin()
+        """Train to the end, after `begin`; returns the summary that also stands in summary.json."""
         config, total = self.config, self.config.total_steps
         eval_every = max(1, config.train.eval_every_tokens // config.tokens_per_step)
         self._restart_clock()
@@ -252,17 +264,9 @@ class TrainingRun:
             "are in the newest checkpoint: lower optim.learning_rate, look at the data, or allow more"
         )
 
-    def _begin(self) -> None:
-        """Start afresh, or resume."""
-        self.checkpointer.begin()
-        self.accelerator.print(
-            f"{self.config.name}: {total_parameters(self.raw_model.config):,}"
-            f" parameters, {self.config.total_steps} steps of {self.config.tokens_per_step:,} tokens, "
-            f"kernel {self.environment['kernel']}, {self.accelerator.num_processes} process(es)"
-        )
-
     def _finish(self) -> dict[str, Any]:
         found = self._validate()
+        measured = self.validator.measured
         summary: dict[str, Any] = {
             "name": self.config.name,
             "kind": self.raw_model.config.kind,
@@ -270,9 +274,7 @@ class TrainingRun:
             "tokens": self.config.total_steps * self.config.tokens_per_step,
             **found,
             **self.validator.test(self.controller),
-            **sizes_and_cost(
-                self.config, self.raw_model.config, found.get("active_experts_sparse"), self.state.masked
-            ),
+            **self._cost(measured),
             "training_seconds": round(self.state.elapsed(), 1),
             "skipped_steps": self.state.guard.total,
             **self.controller.summary(),
@@ -293,3 +295,15 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         self.accelerator.print(json.dumps({"final": str(self.folder / "final"), **found}))
         return summary
+
+    def _cost(self, mean_active: dict[str, list[float]]) -> dict[str, Any]:
+        stepper = self.stepper
+        teacher = stepper.distiller.frozen if stepper.distiller is not None else None
+        return sizes_and_cost(
+            self.config,
+            self.raw_model.config,
+            mean_active,
+            self.state.masked,
+            gathers=stepper.needs_gathering(self.micro_batches),
+            teacher=None if teacher is None else teacher.config,
+        )

@@ -196,6 +196,15 @@ def make_controller(settings: MaskPhaseSettings, config: DSMoEConfig) -> Thresho
             )
         return BudgetController(settings)
     if not settings.policies:
+        if (
+            settings.fraction
+            and config.num_experts > 1
+            and settings.target_active * config.num_experts < 1 - 1e-6
+        ):
+            raise UserError(
+                f"mask_phase.target_active is {settings.target_active}, below 1 / num_experts = "
+                f"{1 / config.num_experts:g}, and every token keeps at least one expert"
+            )
         return ThresholdController(settings)
     if config.num_experts == 1:
         raise UserError(

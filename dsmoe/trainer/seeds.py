@@ -7,6 +7,7 @@ from typing import Any
 
 from dsmoe.errors import UserError
 from dsmoe.files import read_json
+from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
 
 
 def spread(values: Sequence[float]) -> dict[str, float | None]:
@@ -27,31 +28,47 @@ def summarise(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def seed_folders(run_dir: Path) -> dict[int, Path]:
-    """Finished runs under a run folder, by seed (the folder itself where there was a single one)."""
-    found = {}
+def seed_summaries(run_dir: Path) -> dict[int, dict[str, Any]]:
+    """Summaries of the finished runs under a run folder, by seed (the folder itself where there was a single one).
+
+    Raises:
+        UserError: a seed stands there twice, or runs of several configurations do.
+    """
+    found: dict[int, dict[str, Any]] = {}
     for path in [run_dir, *sorted(run_dir.glob("seed-*"))]:
-        if (path / "summary.json").exists():
-            found[int(read_json(path / "summary.json")["seed"])] = path
+        if not (path / "summary.json").exists():
+            continue
+        summary = read_json(path / "summary.json")
+        seed = int(summary["seed"])
+        if seed in found:
+            raise UserError(
+                f"{path}: {run_dir} holds another run of seed {seed}; remove the one that is not meant"
+            )
+        first = next(iter(found.values()), summary)
+        changes = differences(with_defaults(first["config"]), with_defaults(summary["config"]), HARMLESS)
+        if changes:
+            raise UserError(
+                f"{path}: of another configuration than the other seeds in {run_dir} ({changes[0]})"
+            )
+        found[seed] = summary
     return found
 
 
-def compare(first: Path, second: Path, loss: str = "validation_loss") -> dict[str, Any]:
-    """Paired differences first - second of a loss over the seeds that both have finished.
+def compare(
+    summaries: Sequence[dict[str, Any]], second: Path, loss: str = "validation_loss"
+) -> dict[str, Any]:
+    """Paired differences of a loss, of some runs less those of another run folder, over the seeds that both have.
 
     Raises:
-        UserError: no seed in common.
+        UserError: no seed in common, or `second` holds runs of several configurations.
     """
-    ours, theirs = seed_folders(first), seed_folders(second)
+    ours = {summary["seed"]: summary for summary in summaries}
+    theirs = seed_summaries(second)
     common = sorted(set(ours) & set(theirs))
     if not common:
-        raise UserError(f"{first} and {second} have no finished seed in common")
-    differences = []
-    for seed in common:
-        a, b = read_json(ours[seed] / "summary.json"), read_json(theirs[seed] / "summary.json")
-        differences.append(a[loss] - b["validation_loss"])
-    result = spread(differences)
-    error = result["stderr"]
-    mean = result["mean"]
+        raise UserError(f"{second} has no finished run of seed {', '.join(map(str, sorted(ours)))}")
+    found = [ours[seed][loss] - theirs[seed]["validation_loss"] for seed in common]
+    result = spread(found)
+    error, mean = result["stderr"], result["mean"]
     tie = None if error is None or mean is None else abs(mean) < 2 * error
-    return {"seeds": common, "differences": differences, **result, "tie": tie}
+    return {"seeds": common, "differences": found, **result, "tie": tie}

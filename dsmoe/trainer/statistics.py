@@ -34,7 +34,7 @@ def batch_statistics(
     found = {}
     for part, logits in part_logits(outputs).items():
         kept = None
-        if not all(config.is_dense_layer(part, layer) for layer in range(len(logits))):
+        if not config.keeps_all(part):
             kept = [
                 keep_experts(
                     layer_logits.detach().flatten(0, -2).softmax(-1),
@@ -95,7 +95,8 @@ class RunningMean:
         self.weight = self.decay * self.weight + (1 - self.decay)
         for part, value in statistics.items():
             mean = value.probs_LN / value.num_tokens.clamp(min=1)
-            old = self.means.get(part, torch.zeros_like(mean))
+            # a checkpoint gives it back on the CPU
+            old = self.means[part].to(mean.device) if part in self.means else torch.zeros_like(mean)
             self.means[part] = self.decay * old + (1 - self.decay) * mean
         return {part: mean / self.weight for part, mean in self.means.items()}
 

@@ -83,7 +83,7 @@ class Stepper:
             sum(_count_tokens(batch) for batch in micro_batches), device=accelerator.device
         )
         num_tokens = accelerator.reduce(num_tokens, reduction="sum")
-        known = self._gather(micro_batches) if self._needs_gathering(len(micro_batches)) else None
+        known = self._gather(micro_batches) if self.needs_gathering(len(micro_batches)) else None
         seen: Statistics | None = None
         running = self.running and dataclasses.replace(self.running, means=dict(self.running.means))
         lm_sum = torch.zeros((), dtype=torch.float64, device=accelerator.device)
@@ -105,7 +105,8 @@ class Stepper:
         self.optimizer.zero_grad()
         return StepResult(lm_loss, grad_norm, reduce(accelerator, seen or {}), skipped)
 
-    def _needs_gathering(self, num_micro_batches: int) -> bool:
+    def needs_gathering(self, num_micro_batches: int) -> bool:
+        """Whether a step of so many micro-batches begins with a forward pass for their common statistics."""
         settings = self.settings
         wanted = (
             settings.router_mi_loss_coef_mlp

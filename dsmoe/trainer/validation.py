@@ -1,5 +1,6 @@
 """Validation during training: all experts, and at the evaluation policy with the experts that it keeps."""
 
+import math
 from collections.abc import Iterable, Sequence
 from functools import cached_property
 from typing import Any
@@ -9,6 +10,7 @@ from accelerate import Accelerator
 from torch import Tensor
 from torch.nn import functional
 
+from dsmoe.accounting import stored_experts
 from dsmoe.config import DSMoEConfig
 from dsmoe.config.routing import Policy
 from dsmoe.config.run import RunConfig
@@ -17,23 +19,24 @@ from dsmoe.data.windows import evaluation_batches
 from dsmoe.model import model_inputs, use_routing
 from dsmoe.model.routing import keep_experts
 from dsmoe.trainer.mask_phase import ThresholdController
+from dsmoe.trainer.statistics import PARTS, part_logits
 
 
 @torch.no_grad()
 def mean_loss(
-    accelerator: Accelerator,
-    model: Any,
-    batches: Sequence[dict[str, Tensor]],
-    policy: Policy | Sequence[Policy] | None = None,
-) -> tuple[float, list[float]]:
+    accelerator: Accelerator, model: Any, batches: Sequence[dict[str, Tensor]]
+) -> tuple[float, dict[str, list[float]]]:
     """Language-modelling loss in nats per token; the batches are split over processes.
 
     Returns:
-        The loss, and the mean number of MLP experts per layer that `policy` keeps (empty without a policy).
+        The loss, and the mean number of experts per layer that the config's policies keep, by part; parts that keep all
+        are left out.
     """
     model.eval()
-    layers = model.config.num_hidden_layers if policy is not None else 0
-    sums = torch.zeros(3 + layers, dtype=torch.float64, device=accelerator.device)
+    config = model.config
+    parts = [part for part in PARTS if not config.keeps_all(part)]
+    shape = (len(parts), config.num_hidden_layers)
+    sums = torch.zeros(3 + math.prod(shape), dtype=torch.float64, device=accelerator.device)
     # every process runs as many forwards as the others (shards are gathered in each); surplus ones don't count
     for first in range(0, len(batches), accelerator.num_processes):
         index = first + accelerator.process_index
@@ -48,23 +51,26 @@ def mean_loss(
             output.logits.float().flatten(0, 1), labels.flatten(), reduction="sum"
         )
         sums[:2] += counts * torch.stack([losses.double(), (labels != -100).sum().double()])
-        if policy is not None:
-            mask = batch["attention_mask"].flatten().bool()
+        if parts:
+            mask, logits = batch["attention_mask"].flatten().bool(), part_logits(output)
             sums[2] += counts * mask.sum()
-            sums[3:] += counts * kept_experts(output.router_logits, mask, model.config)
+            kept = [kept_experts(logits[part], mask, config, part) for part in parts]
+            sums[3:] += counts * torch.cat(kept)
     model.train()
     sums = accelerator.reduce(sums, reduction="sum")
-    active = (sums[3:] / sums[2].clamp(min=1)).tolist()
-    return float(sums[0] / sums[1].clamp(min=1)), active
+    active = (sums[3:] / sums[2].clamp(min=1)).view(shape).tolist()
+    return float(sums[0] / sums[1].clamp(min=1)), dict(zip(parts, active))
 
 
-def kept_experts(router_logits: Iterable[Tensor], mask_T: Tensor, config: DSMoEConfig) -> Tensor:
-    """MLP experts kept in each layer by the config's policies, summed over the tokens of the mask; float64 [layers]."""
+def kept_experts(
+    router_logits: Iterable[Tensor], mask_T: Tensor, config: DSMoEConfig, part: str = "mlp"
+) -> Tensor:
+    """Experts kept in each layer by the config's policies, summed over the tokens of the mask; float64 [layers]."""
     kept = (
         keep_experts(
             logits.flatten(0, -2)[mask_T].softmax(-1),
-            config.routing("mlp", layer),
-            config.kept_experts("mlp", layer),
+            config.routing(part, layer),
+            config.kept_experts(part, layer),
         )
         .sum()
         .double()
@@ -81,6 +87,10 @@ class Validator:
         corpus: its tokens.
         accelerator: of the run.
         model: unwrapped.
+
+    Attributes:
+        measured: mean experts per layer of the last validation, in the mode that the model is run in; by part, without
+            those that keep all.
     """
 
     def __init__(self, config: RunConfig, corpus: TokenCorpus, accelerator: Accelerator, model: Any) -> None:
@@ -96,6 +106,7 @@ class Validator:
             isolate_documents=config.data.isolate_documents,
         )
         self.has_test = "test" in corpus.splits and self.split != "test"
+        self.measured: dict[str, list[float]] = {}
 
     @cached_property
     def batches(self) -> list[dict[str, Tensor]]:
@@ -127,15 +138,17 @@ class Validator:
     def _losses(
         self, name: str, batches: list[dict[str, Tensor]], controller: ThresholdController
     ) -> dict[str, Any]:
-        loss, _ = mean_loss(self.accelerator, self.model, batches)
+        loss, active = mean_loss(self.accelerator, self.model, batches)
+        found: dict[str, Any] = {f"{name}_loss": loss}
         policy = self.sparse_policy(controller)
-        if policy is None:
-            return {f"{name}_loss": loss}
-        with use_routing(self.model, mlp=policy):
-            sparse, active = mean_loss(self.accelerator, self.model, batches, policy)
-        found: dict[str, Any] = {f"{name}_loss": loss, f"{name}_loss_sparse": sparse}
+        if policy is not None:
+            with use_routing(self.model, mlp=policy):
+                found[f"{name}_loss_sparse"], active = mean_loss(self.accelerator, self.model, batches)
         if name == "validation":
-            found["active_experts_sparse"] = [round(value, 4) for value in active]
+            self.measured = active
+            if policy is not None:
+                stored = [float(number) for number in stored_experts(self.model.config, "mlp")]
+                found["active_experts_sparse"] = [round(value, 4) for value in active.get("mlp", stored)]
         return found
 
     @torch.no_grad()
