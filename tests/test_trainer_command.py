@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError
@@ -163,6 +164,15 @@ def test_overwriting_leaves_nothing_of_the_old_model(train, monkeypatch):
     monkeypatch.setattr("dsmoe.trainer.step.Stepper.step", fail)
     assert train("run", train__overwrite=True).status == 2
     assert not (first.folder / "final").exists() and not (first.folder / "summary.json").exists()
+
+
+def test_a_launcher_that_asks_for_the_cpu_gets_it(train, monkeypatch):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("dsmoe.trainer.state.torch.cuda.get_rng_state", lambda: torch.get_rng_state())
+    run = train("run", train__total_tokens=128)
+    assert run.status == 0
+    monkeypatch.undo()
+    assert run.summary()["environment"]["kernel"] == "cpp"
 
 
 def test_world_size_without_a_launcher(train, capsys, monkeypatch):

@@ -51,7 +51,7 @@ def test_accumulation_changes_nothing(train, arm):
 def test_statistics_of_micro_batches_alone_would_show(train, monkeypatch, arm):
     """The test above can fail: with each micro-batch's own statistics the losses are others."""
     whole = train("one", **{**LARGE, **arm, "train__micro_batch_size": 8})
-    monkeypatch.setattr(Stepper, "_needs_gathering", lambda *_: False)
+    monkeypatch.setattr(Stepper, "needs_gathering", lambda *_: False)
     parts = train("four", **{**LARGE, **arm, "train__micro_batch_size": 2})
     worst = max(abs(a / b - 1) for a, b in zip(parts.losses(), whole.losses()))
     assert worst > 1e-4

@@ -93,7 +93,10 @@ def split_dense(
     for index, layer in enumerate(model.model.layers):
         made = _split_layer(layer.mlp.experts, num_experts, assignment, seed + index)
         if top_k is not None:
-            made["router.weight"].normal_(0.0, std, generator=generator)
+            drawn = torch.empty_like(made["router.weight"], device="cpu").normal_(
+                0.0, std, generator=generator
+            )
+            made["router.weight"].copy_(drawn)
         weights |= {f"model.layers.{index}.mlp.{name}": value for name, value in made.items()}
     # on "meta" nothing is allocated or drawn; the weights are then assigned
     with torch.device("meta"):

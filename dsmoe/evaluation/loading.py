@@ -4,10 +4,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import dsmoe.model  # noqa: F401 (registers model_type "dsmoe" with the Auto classes)
+from dsmoe.environment import default_device
 from dsmoe.errors import UserError
 from dsmoe.evaluation.quiet import quiet_loading
 
@@ -27,11 +27,6 @@ class LoadedModel:
     path: str
     model: Any
     tokenizer: Any
-
-
-def default_device() -> str:
-    """The device that models are scored on unless another is named: "cuda" where there is one, else "cpu"."""
-    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def check_path(path: str) -> None:

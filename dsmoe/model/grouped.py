@@ -114,8 +114,16 @@ def grouped_experts(
 def _portable(
     x_TD: Tensor, gates_TN: Tensor, expert_mask_TN: Tensor, up_NHD: Tensor, down_NFD: Tensor, mlp_type: str
 ) -> Tensor:
-    if not (uses_grouped_mm(x_TD, up_NHD) and uses_grouped_mm(x_TD, down_NFD)):
+    # on a GPU each step of that loop would have the host wait; padding is for oneDNN only
+    if x_TD.is_cpu and not (uses_grouped_mm(x_TD, up_NHD) and uses_grouped_mm(x_TD, down_NFD)):
         return looped_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+    return batched_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+
+
+def batched_experts(
+    x_TD: Tensor, gates_TN: Tensor, expert_mask_TN: Tensor, up_NHD: Tensor, down_NFD: Tensor, mlp_type: str
+) -> Tensor:
+    """`grouped_experts` with each projection of all experts at once; arguments and result as there."""
     dtype = x_TD.dtype
     with torch.autocast(x_TD.device.type, enabled=False):
         token_P, expert_P, counts_N = kept_pairs(expert_mask_TN)

@@ -158,6 +158,7 @@ class DSMoEModel(DSMoEPreTrainedModel):
             inputs_embeds = self.embed(input_ids)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
+        given = position_ids
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
@@ -166,8 +167,12 @@ class DSMoEModel(DSMoEPreTrainedModel):
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
             past_key_values=past_key_values,
-            position_ids=position_ids,
+            # looked at for packed documents, for which the host waits; our own have none
+            position_ids=given,
         )
+        if given is not None:
+            # flash attention is given no mask and finds the documents here
+            kwargs["position_ids"] = given
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         logits = []

@@ -16,7 +16,7 @@ from dsmoe.accounting.table import markdown_table
 from dsmoe.allocator import keep_freed_memory
 from dsmoe.checkpoint.pretrained import load_pretrained
 from dsmoe.data.corpus import TokenCorpus
-from dsmoe.environment import describe
+from dsmoe.environment import default_device, describe
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import write_json
 from dsmoe.model import DSMoEForCausalLM
@@ -73,6 +73,8 @@ def run(args: argparse.Namespace, words: str) -> None:
     policies = {ALL: reference_policies(after.eval())}
     for name in names:
         policies[name] = reference_policies(load_pretrained(args.polished / name, torch.float32)[0])
+    for model in (before, after):
+        model.to(default_device())  # type: ignore[arg-type]
     results = {
         "text": text.description,
         "rows": measure_rows(before.eval(), after, text.batches, policies),

@@ -13,7 +13,7 @@ from tqdm import tqdm
 from dsmoe.allocator import keep_freed_memory
 from dsmoe.checkpoint.pretrained import load_pretrained
 from dsmoe.data.corpus import TokenCorpus
-from dsmoe.environment import describe
+from dsmoe.environment import default_device, describe
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.evaluation.harness import parse_tasks, score_model
 from dsmoe.evaluation.loading import LoadedModel, load_model
@@ -85,7 +85,7 @@ def run(args: argparse.Namespace, words: str) -> None:
         raise UserError(f"{args.record}: the record exists; pass --overwrite to replace it")
     keep_freed_memory()
     model, folder = load_pretrained(args.checkpoint, torch.float32)
-    model.eval()
+    model = model.eval().to(default_device())  # type: ignore[arg-type]
     args.output = args.output or folder.parent / "sparsity-sweep"
     results = sweep(model, folder, args)
     if tasks:

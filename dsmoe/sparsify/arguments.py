@@ -92,6 +92,7 @@ def _add_text(group: Any) -> None:
         "--sequence-length", type=int, default=256, help="tokens of a window (default: %(default)s)"
     )
     group.add_argument("--batch-size", type=int, default=16, help="windows of a batch (default: %(default)s)")
+    group.add_argument("--device", help="where to measure (default: cuda where there is one, else cpu)")
 
 
 def _add_policy(group: Any) -> None:

@@ -15,6 +15,7 @@ from dsmoe.checkpoint.pretrained import load_pretrained
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.data.documents import read_texts
 from dsmoe.data.windows import evaluation_batches, text_batches
+from dsmoe.environment import default_device
 from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM, set_routing
 from dsmoe.sparsify.arguments import EPILOG, add_arguments
@@ -45,6 +46,7 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     keep_freed_memory()
     model, folder = load_pretrained(args.checkpoint, torch.float32)
+    model = _on_device(model, args.device or default_device())
     found = (
         _by_hand(args, model, folder)
         if args.policy
@@ -54,6 +56,13 @@ def run(args: argparse.Namespace) -> None:
     print(json.dumps(found, indent=2) if args.json else human_report(found))
     if not args.json:
         print(f"written to {args.output}")
+
+
+def _on_device(model: DSMoEForCausalLM, device: str) -> DSMoEForCausalLM:
+    try:
+        return model.to(device)  # type: ignore[arg-type]
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from None
 
 
 def _check(args: argparse.Namespace) -> None:

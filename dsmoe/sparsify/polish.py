@@ -12,6 +12,7 @@ import yaml
 from dsmoe.checkpoint.pretrained import load_pretrained, model_folder
 from dsmoe.config.run import RunConfig
 from dsmoe.data.corpus import TokenCorpus
+from dsmoe.environment import default_device
 from dsmoe.errors import UserError
 from dsmoe.files import read_json, write_text
 from dsmoe.model import set_routing
@@ -117,6 +118,7 @@ def polish_config(args: argparse.Namespace) -> RunConfig:
 def _write(args: argparse.Namespace, config: RunConfig, policies: Path) -> dict[str, Any]:
     """The polished weights with one folder's policies, measured anew."""
     model, folder = load_pretrained(args.output / "final", torch.float32)
+    model = model.to(default_device())  # type: ignore[arg-type]
     source, _ = load_pretrained(policies, torch.float32)
     for part in ("mlp", "attention"):
         set_routing(model, part, getattr(source.config, f"{part}_routing"))

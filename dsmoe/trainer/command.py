@@ -148,6 +148,8 @@ def _train_seeds(
         if accelerator.is_main_process:
             write_text(root / "config.yaml", resolved)
         summaries.append(run.run())
+        # otherwise its weights and moments would stand beside the next model's
+        del run
         accelerator.free_memory()
     return summaries
 

@@ -1,6 +1,7 @@
 """Starting processes: the accelerator, and the guard against fewer processes than were asked for."""
 
 import os
+from datetime import timedelta
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from dsmoe.environment import tell_deepspeed
 from dsmoe.errors import UserError
 from dsmoe.trainer.zero_setup import (
     STAGES,
+    flag,
     keep_from_transformers,
     launcher_set_aside,
     settle_sharding,
@@ -30,7 +32,7 @@ def start(config: RunConfig) -> Accelerator:
     """
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
-    on_cpu = not torch.cuda.is_available()
+    on_cpu = not torch.cuda.is_available() or flag("ACCELERATE_USE_CPU")
     # a single process has no group; naming a backend would make accelerate look for one
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     settle_sharding(config.train)
@@ -49,9 +51,7 @@ def start(config: RunConfig) -> Accelerator:
                 log_with=config.train.trackers or None,
                 project_dir=config.train.output_dir,
                 deepspeed_plugin=plugin,
-                kwargs_handlers=[InitProcessGroupKwargs(backend="gloo")]
-                if on_cpu and num_processes > 1
-                else [],
+                kwargs_handlers=[_process_group(on_cpu)] if num_processes > 1 else [],
             )
         except ValueError as error:
             # WORLD_SIZE without the rest of a launcher's variables, an unknown tracker, ...
@@ -66,6 +66,12 @@ def start(config: RunConfig) -> Accelerator:
             "with one thread unless told --num_cpu_threads_per_process (or --train.num_threads) otherwise"
         )
     return accelerator
+
+
+def _process_group(on_cpu: bool) -> InitProcessGroupKwargs:
+    # the others wait while the main process writes or checks a checkpoint; NCCL's ten minutes can be too few
+    patience = timedelta(hours=2)
+    return InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=patience)
 
 
 def finish(accelerator: Accelerator) -> None:

@@ -88,7 +88,7 @@ class TrainingRun:
         self.environment = {
             **describe(),
             "kernel": selected_kernel(accelerator.device.type),
-            "float32_matmul": choose_float32_matmul(config.train.float32_matmul),
+            "float32_matmul": choose_float32_matmul(config.train.float32_matmul, accelerator.device.type),
             "num_processes": accelerator.num_processes,
             "corpus": self.corpus.fingerprint,
         }

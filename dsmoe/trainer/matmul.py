@@ -9,7 +9,7 @@ import torch
 LARGEST_ERROR = 1e-6
 
 
-def choose_float32_matmul(wanted: str) -> str:
+def choose_float32_matmul(wanted: str, device_type: str = "cpu") -> str:
     """Set oneDNN's float32 matmul mode for this process.
 
     On CPUs with AVX512-BF16 and without AMX, oneDNN's "bf16" mode runs up to twice as fast at full float32 accuracy;
@@ -17,10 +17,14 @@ def choose_float32_matmul(wanted: str) -> str:
 
     Args:
         wanted: "auto" (the fast mode where a probe finds it accurate) or "strict" (never).
+        device_type: of the model; on another than "cpu" nothing is changed (the mode would only keep
+            `torch.get_float32_matmul_precision` from working).
 
     Returns:
         The mode in use: "bf16" or "ieee".
     """
+    if device_type != "cpu":
+        return "ieee"
     setting = torch.backends.mkldnn.matmul  # type: ignore[attr-defined]
     setting.fp32_precision = "ieee"
     if wanted == "strict" or not torch.backends.mkldnn.is_available():

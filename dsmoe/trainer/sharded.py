@@ -66,8 +66,11 @@ class Sharded(Replicated):
         return {name: tensor for name, tensor in whole.items() if name not in tied}
 
     def whole(self, value: Any) -> Tensor:
-        """See `Replicated.whole`; all processes must call it."""
-        return value.full_tensor() if isinstance(value, DTensor) else torch.as_tensor(value)
+        """See `Replicated.whole`; all processes must call it, and only the main one keeps the result, off the GPU."""
+        if not isinstance(value, DTensor):
+            return torch.as_tensor(value)
+        full = value.full_tensor()
+        return full.cpu() if self.accelerator.is_main_process else full.new_empty(0)
 
     def load_weights(self, model: nn.Module, weights: Any) -> None:
         """See `Replicated.load_weights`; every process reads the whole file."""

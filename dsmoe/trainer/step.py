@@ -79,9 +79,7 @@ class Stepper:
         accelerator = self.accelerator
         num_labels = sum((batch["shift_labels"] != -100).sum() for batch in micro_batches)
         num_labels = accelerator.reduce(torch.as_tensor(num_labels), reduction="sum").clamp(min=1)
-        num_tokens = torch.as_tensor(
-            sum(_count_tokens(batch) for batch in micro_batches), device=accelerator.device
-        )
+        num_tokens = sum(_count_tokens(batch) for batch in micro_batches)
         num_tokens = accelerator.reduce(num_tokens, reduction="sum")
         known = self._gather(micro_batches) if self.needs_gathering(len(micro_batches)) else None
         seen: Statistics | None = None
@@ -172,8 +170,10 @@ class Stepper:
         return outputs.loss.detach().double(), local
 
 
-def _count_tokens(batch: Batch) -> Tensor | int:
-    return batch["attention_mask"].sum() if "attention_mask" in batch else batch["input_ids"].numel()
+def _count_tokens(batch: Batch) -> Tensor:
+    tokens = batch["input_ids"]
+    # made on the device: a copy from the host would have it wait
+    return batch["attention_mask"].sum() if "attention_mask" in batch else tokens.new_full((), tokens.numel())
 
 
 def _with_tokens(statistics: RouterStatistics, num_tokens: Tensor) -> RouterStatistics:

@@ -37,12 +37,12 @@ def settle_sharding(train: TrainSettings) -> None:
     Raises:
         UserError: they contradict each other, or the launcher asks for what this trainer doesn't do.
     """
-    if _flag("ACCELERATE_USE_FSDP"):
+    if flag("ACCELERATE_USE_FSDP"):
         raise UserError(
             "the launch configuration has distributed_type FSDP, which this trainer does without accelerate; use "
             "MULTI_GPU and --train.sharding fsdp2"
         )
-    if not _flag("ACCELERATE_USE_DEEPSPEED"):
+    if not flag("ACCELERATE_USE_DEEPSPEED"):
         return
     if os.environ.get("ACCELERATE_DEEPSPEED_CONFIG_FILE", "none") != "none":
         raise UserError(
@@ -72,7 +72,8 @@ def settle_sharding(train: TrainSettings) -> None:
     train.sharding = asked
 
 
-def _flag(name: str) -> bool:
+def flag(name: str) -> bool:
+    """Whether a launcher has set the environment variable to true."""
     return os.environ.get(name, "false").lower() == "true"
 
 

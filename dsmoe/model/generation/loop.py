@@ -70,7 +70,7 @@ def generate(
         )
     ends = _end_tokens(model, eos_token_id, input_ids)
     pad = _pad_token(model, pad_token_id, ends)
-    generator = None if seed is None else torch.Generator(input_ids.device).manual_seed(seed)
+    generator = None if seed is None else torch.Generator(model.device).manual_seed(seed)
     out = torch.cat([input_ids, input_ids.new_full((batch, max_new_tokens), pad)], 1)
     running = torch.ones(batch, dtype=torch.bool, device=input_ids.device)
     logits = decoder.prefill(input_ids, attention_mask)

@@ -15,7 +15,9 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 @functools.cache
 def _compiled(function: Callable) -> Callable:
-    # only T varies from call to call (it is marked below): N and F stay constants that the code is made for
+    # only T varies from call to call (it is marked below): N and F stay constants that the code is made for; layers that
+    # experts were removed from have several N, and after too many (8 by default) torch would go on without compiling
+    torch._dynamo.config.recompile_limit = max(64, torch._dynamo.config.recompile_limit)  # type: ignore[attr-defined]
     return torch.compile(function, dynamic=False)
 
 
