@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dsmoe.errors import UserError
 
 
@@ -52,6 +54,44 @@ def read_json(path: str | Path) -> Any:
         raise UserError(f"{path}: not a JSON file ({error})") from None
 
 
+class _OneOfEachKey(yaml.SafeLoader):
+    """Refuses a key that stands twice in a mapping, of which PyYAML would silently keep the last."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        # here and not where the mapping is made: there the keys that `<<` merges in stand among its own
+        node = super().compose_mapping_node(anchor)
+        seen = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                if (key.tag, key.value) in seen:
+                    problem = f"the key {key.value!r} stands twice in one mapping; rename or remove one"
+                    raise yaml.MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                seen.add((key.tag, key.value))
+        return node
+
+
+def load_yaml(path: str | Path) -> Any:
+    """Read a YAML file; None for an empty one.
+
+    Raises:
+        UserError: the file can't be read, is no YAML in UTF-8, or names a key twice in one mapping.
+    """
+    path = Path(path)
+    try:
+        with path.open(encoding="utf-8") as handle:
+            return yaml.load(handle, Loader=_OneOfEachKey)
+    except OSError as error:
+        raise UserError(f"{path}: {error.strerror}; give a YAML file") from None
+    except yaml.MarkedYAMLError as error:
+        words = ", ".join(filter(None, [error.context, error.problem]))
+        mark = error.problem_mark or error.context_mark
+        line = f"line {mark.line + 1}: " if mark else ""
+        raise UserError(f"{path}: {line}{words}") from None
+    # a ValueError is text that isn't UTF-8, or a date such as 2024-13-01
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
+        raise UserError(f"{path}: {' '.join(str(error).split())}; give a YAML file in UTF-8") from None
+
+
 @contextmanager
 def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a temporary folder beside `path` that becomes `path` when the block ends without an error.
@@ -76,7 +116,11 @@ def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
         if path.exists():
             old = _beside(path)
             path.rename(old)
-            beside.rename(path)
+            try:
+                beside.rename(path)
+            except BaseException:
+                old.rename(path)
+                raise
             shutil.rmtree(old)
         else:
             beside.rename(path)

@@ -5,6 +5,7 @@ import json
 import pytest
 import yaml
 
+from dsmoe.records import write_record
 from dsmoe.report import budgets
 from dsmoe.report.budgets_table import summarise, table
 
@@ -51,6 +52,86 @@ def test_without_partners():
     found = summarise([row("dsmoe", "dsmoe", 0.25, 0, 3.0)])
     assert found["dsmoe_gap_to_dense"] is None and found["dsmoe_minus_smoe"] == {}
     assert summarise([row("dense", "dense", 1.0, 0, 3.0)])["arms"] == {"dense": "dense", "dsmoe": None}
+
+
+def test_arms_are_ranked_where_all_of_them_were_judged():
+    rows = [
+        *(row("dsmoe-a", "dsmoe", budget, 0, 3.0) for budget in (0.25, 0.35)),
+        *(row("dsmoe-b", "dsmoe", budget, 0, 3.1) for budget in (0.25, 0.35)),
+        # a loses more at a budget, and has a seed, that b was not judged at
+        row("dsmoe-a", "dsmoe", 0.1, 0, 5.0),
+        row("dsmoe-a", "dsmoe", 0.25, 1, 4.0),
+    ]
+    assert summarise(rows)["arms"]["dsmoe"] == "dsmoe-a"
+    # nothing that all have: what most have decides
+    assert summarise([*rows, row("dsmoe-c", "dsmoe", 0.3, 7, 1.0)])["arms"]["dsmoe"] == "dsmoe-a"
+
+
+def test_only_models_of_equal_size_and_tokens_are_compared():
+    rows = [
+        row("large", "dense", 1.0, 0, 1.0, total=2000),
+        row("long", "dense", 1.0, 0, 1.5, tokens=200),
+        row("near", "dense", 1.0, 0, 2.5, total=985),
+        row("twin", "dense", 1.0, 0, 2.8, total=1010),
+        row("twin", "dense", 1.0, 1, 2.8, total=1010),
+        row("twin-lr", "dense", 1.0, 0, 2.9, total=1010),
+        row("dsmoe", "dsmoe", 0.25, 0, 3.0),
+        row("smoe", "smoe", 0.25, 0, 3.2, total=1015),
+        row("short", "smoe", 0.25, 0, 3.5, tokens=50),
+        row("large-smoe", "smoe", 0.25, 0, 2.0, total=2000),
+        row("large-smoe-long", "smoe", 0.25, 0, 1.9, total=2000, tokens=200),
+    ]
+    found = summarise(rows)
+    assert found["arms"] == {"dense": "twin", "dsmoe": "dsmoe"}
+    assert found["dsmoe_gap_to_dense"]["mean"] == pytest.approx(0.2)
+    assert found["dsmoe_minus_smoe"]["0.25"]["mean"] == pytest.approx(-0.2)
+    assert found["dsmoe_minus_smoe_of_more_tokens"] == {}
+    # none of them is a twin: fewer tokens, another size
+    alone = summarise(
+        [one for one in rows if "twin" not in one["arm"] and one["arm"] not in ("near", "smoe")]
+    )
+    assert alone["arms"]["dense"] is None and alone["dsmoe_gap_to_dense"] is None
+    assert alone["dsmoe_minus_smoe"] == {}
+
+
+def test_flops_in_the_table_are_means_over_seeds():
+    rows = [
+        {**row("dense", "dense", 1.0, seed, 3.0), "training_flops": flops}
+        for seed, flops in enumerate([1e9, 2e9])
+    ]
+    shown = table({"runs": rows, "summary": summarise(rows)})
+    assert "1.50e+09" in shown and shown.splitlines()[-1].startswith("FLOPs of dense are means")
+
+
+def test_a_record_is_not_replaced_by_less_or_by_another_kind(tmp_path, capsys):
+    """All of it before anything is measured: there is no text and no model here."""
+    (tmp_path / "toy.yaml").write_text("groups: {dense: {seeds: [0, 1]}}")
+    (tmp_path / "runs" / "dense-s0").mkdir(parents=True)
+    (tmp_path / "runs" / "dense-s0" / "summary.json").write_text("{}")
+    record, results = tmp_path / "record", tmp_path / "results.json"
+    words = [
+        str(tmp_path / "toy.yaml"),
+        "--output",
+        str(tmp_path / "runs"),
+        "--data",
+        "x",
+        "--record",
+        str(record),
+    ]
+    both = {"runs": [row("dense", "dense", 1.0, seed, 3.0) for seed in (0, 1)]}
+    for content, said in (
+        (both, "holds 1 run(s) that are not finished in --output, the first seed 1 of dense"),
+        ({"name": "study", "runs": [{"name": "dense-s0"}]}, "not of this command"),
+        ([], "not of this command"),
+    ):
+        results.write_text(json.dumps(content))
+        write_record(record, title="t", command="c", conclusion="", files=[results], overwrite=True)
+        assert budgets.main(words) == 2
+        assert said in capsys.readouterr().err
+        assert json.loads((record / "results.json").read_text()) == content
+    (record / "precious").mkdir()
+    assert budgets.main(words) == 2 and "is no record" in capsys.readouterr().err
+    assert (record / "precious").is_dir()
 
 
 def test_a_study(train, held_out_corpus_dir, tmp_path, capsys, monkeypatch):

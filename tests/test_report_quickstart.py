@@ -7,6 +7,7 @@ from matplotlib import pyplot as plt
 
 from dsmoe.errors import UserError
 from dsmoe.records import write_record
+from dsmoe.report import quickstart
 from dsmoe.report.plots import expert_use, loss_curves, quality_against_active
 
 
@@ -64,3 +65,13 @@ def test_a_record_holds_command_versions_and_checksums(tmp_path):
             tmp_path / "other", title="t", command="c", conclusion="", files=[tmp_path / "missing.json"]
         )
     assert not (tmp_path / "other").exists()
+
+
+def test_no_folder_but_a_record_is_replaced(tmp_path, capsys):
+    (tmp_path / "precious").mkdir()
+    (tmp_path / "precious" / "a").touch()
+    # before anything is read: there are no runs here
+    for folder in ("precious", "."):
+        assert quickstart.main([str(tmp_path / "runs"), "--record", str(tmp_path / folder)]) == 2
+        assert "is no record" in capsys.readouterr().err
+    assert (tmp_path / "precious" / "a").exists()

@@ -1,12 +1,14 @@
 """Benchmark scores of a study's models: what is scored of each kind, and that nothing is done twice."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import yaml
 
 from dsmoe.report import scores
 from dsmoe.sparsify import command
+from dsmoe.study.spec import StudyRun
 
 
 def read(path):
@@ -40,6 +42,56 @@ def test_a_study(train, held_out_corpus_dir, tmp_path, capsys, monkeypatch):
     capsys.readouterr()
     assert scores.main(words) == 0
     assert "already in" in capsys.readouterr().err
+
+
+def test_a_sparse_model_is_made_anew_from_other_weights_or_text(tmp_path, monkeypatch):
+    made = []
+
+    def sparsify(args):
+        made.append(args)
+        args.output.mkdir(exist_ok=True)
+        (args.output / "config.json").touch()
+
+    monkeypatch.setattr(command, "run", sparsify)
+    monkeypatch.setattr(scores, "TokenCorpus", lambda path: SimpleNamespace(fingerprint=f"of {path}"))
+    final = tmp_path / "dsmoe-s0" / "final"
+    final.mkdir(parents=True)
+    (tmp_path / "dsmoe-s0" / "summary.json").write_text('{"kind": "dsmoe"}')
+    (final / "model.safetensors").write_bytes(b"1")
+    run = StudyRun("dsmoe-s0", "dsmoe", {}, 0, {})
+
+    def folder(**more):
+        return scores._folder(run, SimpleNamespace(**{"output": tmp_path, "share": 0.5, "data": "a", **more}))
+
+    assert folder() == folder() == tmp_path / "dsmoe-s0" / "sparse-0.5"
+    assert len(made) == 1 and made[0].target_active == 0.5
+    (final / "model.safetensors").write_bytes(b"2")
+    assert folder() == folder() and len(made) == 2 and made[1].overwrite
+    assert folder(data="b") == folder(data="b") and len(made) == 3
+    (tmp_path / "dsmoe-s0" / "sparse-0.5" / "source.json").unlink()  # an older version made it
+    assert folder() and len(made) == 4
+
+
+@pytest.mark.parametrize(
+    ("inside", "more", "words"),
+    [
+        ([], [], "no test_loss, which --record needs"),
+        (["precious"], ["--overwrite"], "is no record"),
+        (["record.json"], [], "--overwrite"),
+    ],
+)
+def test_what_a_record_needs_is_asked_before_scoring(tmp_path, capsys, monkeypatch, inside, more, words):
+    monkeypatch.setattr(scores.score, "main", None)
+    (tmp_path / "toy.yaml").write_text("groups: {dense: {}}")
+    (tmp_path / "dense-s0").mkdir()
+    (tmp_path / "dense-s0" / "summary.json").write_text('{"kind": "dense", "validation_loss": 3.0}')
+    (tmp_path / "record").mkdir()
+    for name in inside:
+        (tmp_path / "record" / name).touch()
+    options = ["--output", str(tmp_path), "--data", "x", "--record", str(tmp_path / "record"), *more]
+    assert scores.main([str(tmp_path / "toy.yaml"), *options]) == 2
+    assert words in capsys.readouterr().err
+    assert {path.name for path in (tmp_path / "record").iterdir()} == set(inside)
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):

@@ -1,6 +1,8 @@
 """Studies: reading, running with a stand-in trainer, resuming, tabulating."""
 
 import copy
+import datetime
+import errno
 import json
 import os
 import shutil
@@ -14,7 +16,7 @@ import pytest
 import yaml
 from scipy import stats
 
-from dsmoe.study import launcher
+from dsmoe.study import command, launcher
 from dsmoe.study.command import main
 from dsmoe.study.curves import fit_line
 from dsmoe.study.spec import read_study
@@ -164,11 +166,11 @@ def test_what_a_record_holds_is_not_trained_again(study, tmp_path):
     corpus = tmp_path / "corpus"
     corpus.mkdir()
     (corpus / "meta.json").write_text("{}")
-    assert main([*options, "dsmoe-small-1k-s0", "--set", f"data.path={corpus}"]) == 0
-    assert (output / "dsmoe-small-1k-s0").exists()
-    assert not (output / "dsmoe-small-1k-s1").exists()
-    assert main([*options, "dsmoe-small-1k-s1", "--set", "optim.eps=1e-6"]) == 0
-    assert (output / "dsmoe-small-1k-s1").exists()
+    assert main([*options, "dsmoe-*", "--set", f"data.path={corpus}"]) == 0
+    assert (output / "dsmoe-small-1k-s0").exists() and (output / "dsmoe-small-1k-s1").exists()
+    shutil.rmtree(output)
+    assert main([*options, "*-small-*", "--set", "optim.eps=1e-6"]) == 0
+    assert len(list(output.glob("*/summary.json"))) == 6
 
 
 def test_a_finished_run_of_other_settings_is_not_taken(study, tmp_path, capsys):
@@ -227,14 +229,91 @@ def test_a_deadline_leaves_the_rest(study, tmp_path, monkeypatch):
         ({"pairs": [["dense", "smoe"]]}, "'smoe', which is neither"),
         ({"pairs": [["dense", "dsmoe-small-1k"]]}, "one of each"),
         ({"config": "missing.yaml"}, "'missing.yaml' is no file"),
+        ({"config": 5}, "config is 5; it must be the path"),
+        ({"config": ["x"]}, "config is ['x']; it must be the path"),
+        ({"pairs": 5}, "pairs is 5; it must be a list"),
+        ({"curves": 5}, "curves is 5; it must be a list"),
+        ({5: 1, "zz": 2}, "unknown key 5"),
+        ({"settings": {5: 1}}, "5 is no dotted name"),
+        ({"settings": {"name": datetime.date(2024, 1, 2)}}, "settings.name is datetime.date(2024, 1, 2)"),
+        ({"groups": {"a": {"seeds": [True]}}}, "groups.a.seeds is [True]; it must be a list of different"),
+        ({"groups": {"a": {"seeds": [-1]}}}, "integers from 0"),
+        ({"groups": {"a": {"seeds": [1, 1]}}}, "groups.a.seeds is [1, 1]"),
+        ({"groups": {"../a": {}}}, "'../a-s0', which is no name of a folder"),
     ],
 )
 def test_bad_studies_get_one_clear_line(study, tmp_path, capsys, change, words):
     study.write_text(yaml.safe_dump({**STUDY, **change}))
-    assert main([str(study), "--output", str(tmp_path / "runs")]) == 2
+    assert main([str(study), "--output", str(tmp_path / "runs"), "--list"]) == 2
     error = capsys.readouterr().err
     assert words in error
     assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"groups: {dense: {}, dense: {seeds: [1]}}", "line 1: the key 'dense' stands twice"),
+        (b"title: \xff", "YAML file in UTF-8"),
+        (b"groups: [", "line 1: "),
+        (None, "No such file"),
+    ],
+)
+def test_what_is_no_yaml_gets_one_clear_line(study, tmp_path, capsys, content, words):
+    study.unlink() if content is None else study.write_bytes(content)
+    assert main([str(study), "--output", str(tmp_path / "runs"), "--list"]) == 2
+    error = capsys.readouterr().err
+    assert words in error and str(study) in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize("recipe", ["day: 2024-01-02", "a: 1\na: 2"])
+def test_a_recipe_that_no_run_can_be_known_by_is_refused(study, tmp_path, capsys, recipe):
+    study.write_text(yaml.safe_dump({**STUDY, "config": "recipe.yaml"}))
+    (tmp_path / "recipe.yaml").write_text(recipe)
+    assert main([str(study), "--output", str(tmp_path / "runs")]) == 2
+    error = capsys.readouterr().err
+    assert "recipe.yaml: " in error and len(error.strip().splitlines()) == 1
+    assert not (tmp_path / "runs").exists()
+
+
+def test_keys_of_numbers_are_the_same_settings_when_read_back(study, tmp_path):
+    content = copy.deepcopy(STUDY)
+    content["settings"]["data.weights"] = {2020: 0.5, "b": 0.5}
+    study.write_text(yaml.safe_dump(content))
+    options = [str(study), "--output", str(tmp_path / "runs"), "--only", "dsmoe-*"]
+    assert main(options) == 0
+    assert main(options) == 0
+
+
+@pytest.mark.parametrize(("output", "words"), [("file", "File exists"), ("file/runs", "Not a directory")])
+def test_an_impossible_output_is_refused(study, tmp_path, capsys, output, words):
+    (tmp_path / "file").touch()
+    assert main([str(study), "--output", str(tmp_path / output)]) == 2
+    error = capsys.readouterr().err
+    assert f"error: --output {tmp_path / output}: {words}" in error
+    assert len(error.strip().splitlines()) == 1
+
+
+@pytest.mark.parametrize(
+    ("problem", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full"),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "results.json"),
+            "results.json: Permission denied",
+        ),
+    ],
+)
+def test_a_disk_that_takes_nothing_ends_in_one_line(study, tmp_path, capsys, monkeypatch, problem, words):
+    def refuse(*given):
+        raise problem
+
+    monkeypatch.setattr(command, "write_json", refuse)
+    assert main([str(study), "--output", str(tmp_path / "runs"), "--only", "dsmoe-*"]) == 2
+    assert words in capsys.readouterr().err.splitlines()[-1]
+    monkeypatch.undo()
+    assert main([str(study), "--output", str(tmp_path / "runs"), "--table-only"]) == 0
 
 
 def test_list_and_bad_options(study, tmp_path, capsys):
@@ -326,6 +405,7 @@ def test_too_few_differences_make_no_line(at, differences):
         ({"pair": ["dsmoe", "dense"], "against": "time", "points": ["1k"]}, "tokens, parameters"),
         ({"pair": ["dsmoe", "dense"], "against": "tokens", "points": ["3k"]}, "'3k'"),
         ({"pair": ["dsmoe", "dense"], "against": "tokens"}, "points"),
+        ({"pair": ["dsmoe", "dense"], "against": ["tokens"], "points": ["1k"]}, "against is ['tokens']"),
     ],
 )
 def test_a_curve_that_names_nothing_is_refused(study, tmp_path, capsys, curve, words):

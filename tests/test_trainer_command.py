@@ -60,6 +60,13 @@ def test_bad_files(capsys, tmp_path, text, expected):
     assert expected in refused(capsys, ["--config", str(tmp_path / "run.yaml")])
 
 
+def test_a_section_named_twice(capsys, tmp_path):
+    path = tmp_path / "twice.yaml"
+    path.write_text("model: {hidden_size: 16}\ndata: {path: x}\nmodel: {num_experts: 4}\n")
+    line = refused(capsys, ["--config", str(path)])
+    assert f"{path}: line 3: the key 'model' stands twice" in line
+
+
 def test_missing_file(capsys):
     assert "nowhere.yaml" in refused(capsys, ["--config", "nowhere.yaml"])
 

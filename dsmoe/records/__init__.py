@@ -1,5 +1,10 @@
 """Records: what was measured, with all that is needed to measure it again."""
 
-from dsmoe.records.record import add_record_arguments, write_concluded_record, write_record
+from dsmoe.records.record import (
+    add_record_arguments,
+    check_record_folder,
+    write_concluded_record,
+    write_record,
+)
 
-__all__ = ["add_record_arguments", "write_concluded_record", "write_record"]
+__all__ = ["add_record_arguments", "check_record_folder", "write_concluded_record", "write_record"]

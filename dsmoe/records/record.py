@@ -12,6 +12,41 @@ from dsmoe.errors import UserError
 from dsmoe.files import new_folder, sha256, write_json, write_text
 
 CONCLUSION = "conclusion.md"
+RECORD = "record.json"
+
+
+def check_record_folder(folder: str | Path, *, overwrite: bool = True) -> bool:
+    """Refuse a folder that no record may replace; for commands that work long before they write theirs.
+
+    Args:
+        folder: where a record will be written.
+        overwrite: an existing record may be replaced.
+
+    Returns:
+        Whether a record stands there now.
+
+    Raises:
+        UserError: a file stands there, a folder with anything else than a record in it, or a record that may not be
+            replaced.
+    """
+    folder = Path(folder)
+    if not folder.exists():
+        above = next(path for path in folder.absolute().parents if path.exists())
+        if not above.is_dir():
+            raise UserError(f"{folder}: {above} is a file, and no folder can be made in it; name another one")
+        return False
+    if not folder.is_dir():
+        raise UserError(f"{folder}: is a file, and the record is a folder; name another one")
+    inside = list(folder.iterdir())
+    if not inside:
+        return False
+    strange = sorted(path.name for path in inside if path.is_dir())
+    if strange or not (folder / RECORD).is_file():
+        reason = f"it holds a folder, {strange[0]}" if strange else f"it has no {RECORD}"
+        raise UserError(f"{folder}: is no record ({reason}), and is not replaced; name a new or empty folder")
+    if not overwrite:
+        raise UserError(f"{folder}: the record exists; name another folder or pass --overwrite to replace it")
+    return True
 
 
 def write_record(
@@ -36,8 +71,9 @@ def write_record(
         overwrite: replace an existing record.
 
     Raises:
-        UserError: a file is missing, or the record exists and `overwrite` is false.
+        UserError: a file is missing, or as `check_record_folder`.
     """
+    check_record_folder(folder, overwrite=overwrite)
     missing = [path for path in files if not path.is_file()]
     if missing:
         raise UserError(f"{missing[0]}: no such file, and the record needs it")
@@ -45,7 +81,7 @@ def write_record(
         for path in files:
             shutil.copy(path, beside / path.name)
         write_json(
-            beside / "record.json",
+            beside / RECORD,
             {
                 "title": title,
                 "command": command,

@@ -25,7 +25,7 @@ from dsmoe.environment import describe
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import read_json, write_json
 from dsmoe.model import DSMoEForCausalLM
-from dsmoe.records import write_record
+from dsmoe.records import check_record_folder, write_record
 from dsmoe.report.budgets_table import budgets_plot, summarise, table
 from dsmoe.report.token_losses import token_losses
 from dsmoe.sparsify.calibrate import calibrate
@@ -94,6 +94,8 @@ def run(args: argparse.Namespace, words: str) -> None:
         )
     if args.record and args.only != "*":
         raise UserError(f"--record needs all runs, and --only {args.only!r} leaves some out")
+    if args.record:
+        _check_record(args.record, finished)
     keep_freed_memory()
     texts = Texts(args)
     trained = _trained_shares(args.output, study.runs)
@@ -207,6 +209,27 @@ def _trained_shares(output: Path, runs: Sequence[StudyRun]) -> dict[int, set[flo
             if model["kind"] == "smoe":
                 found[model["num_experts"]].add(model["mlp_routing"]["k"] / model["num_experts"])
     return found
+
+
+def _check_record(record: Path, finished: Sequence[StudyRun]) -> None:
+    """Before anything is measured: refuse to replace what is no record of budgets, or holds runs that aren't here."""
+    if not check_record_folder(record):
+        return
+    path = record / "results.json"
+    results: Any = read_json(path) if path.exists() else None
+    try:
+        held = {(row["arm"], row["seed"]) for row in results["runs"]}
+    except (KeyError, TypeError):
+        raise UserError(
+            f"--record {record}: holds a record, but not of this command; name another folder"
+        ) from None
+    lost = sorted(held - {(run.point, run.seed) for run in finished})
+    if lost:
+        arm, seed = lost[0]
+        raise UserError(
+            f"--record {record}: holds {len(lost)} run(s) that are not finished in --output, the first seed {seed} of "
+            f"{arm}; finish them, name another folder, or remove the old record"
+        )
 
 
 def _write_record(

@@ -1,57 +1,80 @@
 """What the models of a study lose at each active share: means over seeds, paired differences, table and plot."""
 
 import itertools
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from dsmoe.accounting.table import markdown_table
 from dsmoe.figures import KIND_COLOURS, pyplot, save_figure
+from dsmoe.study.tabulate import flops_notes, mean_flops
 from dsmoe.trainer.seeds import spread
 
 Row = Mapping[str, Any]
 MOST_ACTIVE = 0.36  # "a third": the largest share of the headline's gap to the dense twin
+SAME_SIZE = 0.05  # models whose total parameters differ by at most that share are of equal size: routers cost a little
 
 
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """The paired differences on the test split that decide between the kinds.
 
-    An arm that stands against others of its kind is chosen by its validation loss. Differences are taken seed by seed.
+    An arm that stands against others of its kind is chosen by its validation loss, on what all of them were judged at.
+    A DS-MoE is compared with models of its total size (within 5%) only. Differences are taken seed by seed.
 
     Args:
         rows: of `dsmoe.report.budgets.measured_rows`.
 
     Returns:
-        "arms": {"dense", "dsmoe": name or None}; "dsmoe_gap_to_dense": of the largest share up to 0.36, and
-        "dsmoe_minus_smoe": by budget, against the SMoE of that share with as many tokens, each {"mean", "stderr",
-        "seeds", "mlp_active_fraction"}; "dsmoe_minus_smoe_of_more_tokens": likewise, against SMoEs that were given more.
-        Parts without a pair are missing (None for the first).
+        "arms": {"dense" (the twin: as many tokens, of the sizes within 5% the closest), "dsmoe": name or None};
+        "dsmoe_gap_to_dense": of the largest share up to 0.36, and "dsmoe_minus_smoe": by budget, against the SMoE of
+        that share with as many tokens, each {"mean", "stderr", "seeds", "mlp_active_fraction"};
+        "dsmoe_minus_smoe_of_more_tokens": likewise, against SMoEs that were given more. Parts without a pair are missing
+        (None for the first).
     """
-    dense = _best([row for row in rows if row["kind"] == "dense" and _is_largest(row, rows)])
     ours = _best([row for row in rows if row["kind"] == "dsmoe" and row["budget"] <= MOST_ACTIVE])
     own = [row for row in rows if row["kind"] == "dsmoe" and row["arm"] == ours]
+    twins = _dense_twins(rows, own)
+    dense = _best(twins)
     budgets = sorted({row["budget"] for row in own if row["budget"] < 1})
     third = max((budget for budget in budgets if budget <= MOST_ACTIVE), default=None)
     found: dict[str, Any] = {"arms": {"dense": dense, "dsmoe": ours}, "dsmoe_gap_to_dense": None}
     found |= {"dsmoe_minus_smoe": {}, "dsmoe_minus_smoe_of_more_tokens": {}}
     if third is not None and dense is not None:
         found["dsmoe_gap_to_dense"] = _difference(
-            _at(own, third), [row for row in rows if row["arm"] == dense]
+            _at(own, third), [row for row in twins if row["arm"] == dense]
         )
     for budget in budgets:
         at = _at(own, budget)
         smoes = [row for row in rows if row["kind"] == "smoe" and abs(row["budget"] - budget) < 1e-6]
-        for name, more in (("dsmoe_minus_smoe", False), ("dsmoe_minus_smoe_of_more_tokens", True)):
-            rivals = [row for row in smoes if (row["tokens"] > at[0]["tokens"]) == more]
+        smoes = [row for row in smoes if _distance(row, at[0]) <= SAME_SIZE]
+        tokens = at[0]["tokens"]
+        for name, rivals in (
+            ("dsmoe_minus_smoe", [row for row in smoes if row["tokens"] == tokens]),
+            ("dsmoe_minus_smoe_of_more_tokens", [row for row in smoes if row["tokens"] > tokens]),
+        ):
             if rivals:
                 best = _best(rivals)
                 found[name][f"{budget:g}"] = _difference(at, [row for row in rivals if row["arm"] == best])
     return found
 
 
-def _is_largest(row: Row, rows: Sequence[Row]) -> bool:
-    return row["num_params_total"] == max(one["num_params_total"] for one in rows if one["kind"] == "dense")
+def _distance(row: Row, other: Row) -> float:
+    """How far apart the total sizes are, as a share of the second."""
+    return abs(row["num_params_total"] - other["num_params_total"]) / other["num_params_total"]
+
+
+def _dense_twins(rows: Sequence[Row], own: Sequence[Row]) -> list[Row]:
+    """The dense models that a DS-MoE is compared with: of as many tokens, and the closest in size within 5%.
+
+    Without a DS-MoE there is nothing to compare, and all of them are returned.
+    """
+    dense = [row for row in rows if row["kind"] == "dense"]
+    if not own:
+        return dense
+    near = [row for row in dense if row["tokens"] == own[0]["tokens"] and _distance(row, own[0]) <= SAME_SIZE]
+    closest = min((_distance(row, own[0]) for row in near), default=0.0)
+    return [row for row in near if _distance(row, own[0]) == closest]
 
 
 def _at(rows: Sequence[Row], budget: float) -> list[Row]:
@@ -59,11 +82,21 @@ def _at(rows: Sequence[Row], budget: float) -> list[Row]:
 
 
 def _best(rows: Sequence[Row]) -> str | None:
-    """The arm with the lowest mean validation loss."""
-    losses = defaultdict(list)
+    """The arm with the lowest mean validation loss over the budgets and seeds that all arms have.
+
+    Where there are none, over those that most have, and arms without any of these stay out.
+    """
+    places: dict[str, dict[tuple[float, int], float]] = defaultdict(dict)
     for row in rows:
-        losses[row["arm"]].append(row["validation_loss"])
-    return min(losses, key=lambda arm: sum(losses[arm]) / len(losses[arm]), default=None)
+        places[row["arm"]][row["budget"], row["seed"]] = row["validation_loss"]
+    shared = Counter(place for losses in places.values() for place in losses)
+    most = max(shared.values(), default=0)
+    means = {}
+    for arm, losses in places.items():
+        common = [loss for place, loss in losses.items() if shared[place] == most]
+        if common:
+            means[arm] = sum(common) / len(common)
+    return min(means, key=lambda arm: means[arm], default=None)
 
 
 def _difference(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any] | None:
@@ -94,7 +127,7 @@ def table(results: Row) -> str:
                 arm, "" if budget == 1 else f"{budget:.1%}",
                 f"{sum(row['mlp_active_fraction'] for row in same) / len(same):.1%}",
                 str(len(same)), f"{first['num_params_total'] / 1e6:.2f}M", f"{first['tokens'] / 1e6:.2f}M",
-                f"{first['training_flops']:.2e}", f"{sum(row['training_seconds'] for row in same) / len(same) / 60:.1f}",
+                f"{mean_flops(same):.2e}", f"{sum(row['training_seconds'] for row in same) / len(same) / 60:.1f}",
                 *(_mean(spread([row[f"{split}_loss"] for row in same])) for split in ("validation", "test")),
             ]
         )  # fmt: skip
@@ -123,7 +156,10 @@ def table(results: Row) -> str:
         text += "\n\n" + markdown_table(
             ["difference on test", "MLP active", "seeds", "nats per token", ""], pairs
         )
-    return text
+    arms = defaultdict(list)
+    for row in results["runs"]:
+        arms[row["arm"]].append(row)
+    return text + "".join(f"\n\n{note}" for note in flops_notes(arms.items()))
 
 
 def _cells(pair: Row) -> list[str]:

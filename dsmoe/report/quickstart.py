@@ -20,7 +20,7 @@ from dsmoe.environment import describe
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.evaluation.table import results_table
 from dsmoe.files import read_json, write_json
-from dsmoe.records import write_record
+from dsmoe.records import check_record_folder, write_record
 from dsmoe.report.plots import expert_use, loss_curves, quality_against_active
 from dsmoe.sparsify.frontier import frontier
 
@@ -40,6 +40,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def report(folder: Path, record: Path | None = None) -> None:
     """Write results.json and the plots into the folder and print the table; then the record, if asked for."""
+    if record is not None:
+        check_record_folder(record)
     scores = read_json(folder / "scores.json")
     summaries = {name: read_json(folder / name / "summary.json") for name in RUNS}
     models = {row["name"]: row for row in scores["models"]}

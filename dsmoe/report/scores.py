@@ -9,10 +9,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsmoe.data.corpus import TokenCorpus
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.evaluation import score
-from dsmoe.files import read_json
-from dsmoe.records import add_record_arguments, write_concluded_record
+from dsmoe.files import read_json, sha256, write_json
+from dsmoe.records import add_record_arguments, check_record_folder, write_concluded_record
 from dsmoe.sparsify import command as sparsify
 from dsmoe.study.spec import StudyRun, read_study
 
@@ -22,6 +23,8 @@ EPILOG = """example:
 
 The output folder is that of train/study.py; scores.json appears in it, and a second call scores new runs only.
 """
+# in the folder of a sparsified model: of which weights and which text it is
+SOURCE = "source.json"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -49,6 +52,8 @@ def run(args: argparse.Namespace, of_score: Sequence[str]) -> None:
     finished = [run for run in study.runs if (args.output / run.name / "summary.json").exists()]
     if not finished:
         raise UserError(f"{args.output}: no finished run of {args.study}; train/study.py makes them")
+    if args.record is not None:
+        _check_record(args, [run.name for run in finished])
     models = [f"{run.name}={_folder(run, args)}" for run in finished]
     words = [word for model in models for word in ("--model", str(model))]
     scores = args.output / "scores.json"
@@ -65,17 +70,41 @@ def run(args: argparse.Namespace, of_score: Sequence[str]) -> None:
         )  # fmt: skip
 
 
+def _check_record(args: argparse.Namespace, names: Sequence[str]) -> None:
+    """Before anything is scored: refuse what the record can't be written without."""
+    check_record_folder(args.record, overwrite=args.overwrite)
+    for name in names:
+        summary = args.output / name / "summary.json"
+        if "test_loss" not in read_json(summary):
+            raise UserError(
+                f"{summary}: no test_loss, which --record needs; train on text with a test split "
+                "(`dsmoe data prepare --test-fraction`), or score without --record"
+            )
+
+
 def _folder(run: StudyRun, args: argparse.Namespace) -> Path:
-    """What is scored of a run, made if it isn't there."""
-    folder = args.output / run.name
-    if read_json(folder / "summary.json")["kind"] != "dsmoe":
-        return folder / "final"
-    sparse = folder / f"sparse-{args.share:g}"
-    if not (sparse / "config.json").exists():
+    """What is scored of a run, made where it isn't there or came from other weights or another text."""
+    final = args.output / run.name / "final"
+    if read_json(args.output / run.name / "summary.json")["kind"] != "dsmoe":
+        return final
+    sparse = args.output / run.name / f"sparse-{args.share:g}"
+    source = {path.name: sha256(path) for path in sorted(final.glob("*.safetensors"))}
+    source["corpus"] = TokenCorpus(args.data).fingerprint
+    known = sparse / SOURCE
+    if not known.exists() or read_json(known) != source:
         parser = argparse.ArgumentParser()
         sparsify.add_parser(parser.add_subparsers())
-        words = ["--target-active", f"{args.share:g}", "--data", args.data, "--output", str(sparse)]
-        sparsify.run(parser.parse_args(["sparsify", str(folder / "final"), *words]))
+        words = [
+            "--target-active",
+            f"{args.share:g}",
+            "--data",
+            args.data,
+            "--output",
+            str(sparse),
+            "--overwrite",
+        ]
+        sparsify.run(parser.parse_args(["sparsify", str(final), *words]))
+        write_json(known, source)
     return sparse
 
 

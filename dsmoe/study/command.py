@@ -5,16 +5,18 @@ import fnmatch
 import json
 import sys
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from dsmoe.checkpoint.diskfull import disk_is_full
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import write_json, write_text
 from dsmoe.records import write_record
 from dsmoe.study.kept import Kept, read_kept
-from dsmoe.study.launcher import launch
+from dsmoe.study.launcher import is_finished, launch
 from dsmoe.study.plot import curves_plot, losses_plot
-from dsmoe.study.spec import Study, read_study
+from dsmoe.study.spec import Study, StudyRun, read_study
 from dsmoe.study.tabulate import collect, table
 
 EPILOG = """examples:
@@ -25,7 +27,7 @@ EPILOG = """examples:
 Run it again after an interruption: finished runs are kept, the others go on from their last checkpoint. The output folder
 gets a folder per run, results.json, table.md, losses.png and, where the study has curves, curves.png; a record also
 the runs' logs (logs.jsonl). What a record holds of these settings and this text is not trained again where the run's
-folder is gone; without --record everything is.
+folder is gone; without --record everything is. A record isn't replaced by one without its finished runs.
 """
 
 
@@ -79,28 +81,101 @@ def _run(args: argparse.Namespace) -> None:
     if args.list:
         print("\n".join(run.name for run in chosen))
         return
-    args.output.mkdir(parents=True, exist_ok=True)
-    kept = read_kept(study, args.record)
+    with _clear_about_the_disk(args.output):
+        _carry_out(args, study, chosen)
+
+
+def _carry_out(args: argparse.Namespace, study: Study, chosen: Sequence[StudyRun]) -> None:
+    """Train, tabulate, record."""
+    kept = _kept(args, study)
+    finished = {run.name for run in study.runs if is_finished(study, run, args.output)}
     failed: dict[str, str] = {}
+    to_do = [run for run in chosen if run.name not in kept.rows or (args.output / run.name).exists()]
+    _check_replaced(args, study, kept, finished, [] if args.table_only else to_do)
+    try:
+        args.output.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output {args.output}: {error.strerror}; name a folder that can be made") from None
     if not args.table_only:
-        to_do = [run for run in chosen if run.name not in kept.rows or (args.output / run.name).exists()]
         failed = launch(
             study, to_do, args.output, workers=args.workers, threads=args.threads, minutes=args.minutes
         )["failed"]
     results = collect(study, args.output, kept)
     write_json(args.output / "results.json", results)
+    problems = []
     if results["runs"]:
         write_text(args.output / "table.md", table(results) + "\n")
         losses_plot(results, args.output / "losses.png")
         if _has_curves(results):
             curves_plot(results, args.output / "curves.png")
         print(table(results))
-        if args.record:
-            _write_record(args, study, results, kept)
     print(json.dumps({"finished": len(results["runs"]), "missing": len(results["missing"])}), file=sys.stderr)
     if failed:
         name, words = next(iter(failed.items()))
-        raise UserError(f"{len(failed)} run(s) failed, the first {args.output / name}: {words}")
+        problems.append(f"{len(failed)} run(s) failed, the first {args.output / name}: {words}")
+    if args.record and results["runs"]:
+        lost = kept.lost(study, {run["name"] for run in results["runs"]})
+        if lost:
+            problems.append(_not_replaced(args.record, lost))
+        else:
+            _write_record(args, study, results, kept)
+    if problems:
+        raise UserError("; ".join(problems))
+
+
+def _kept(args: argparse.Namespace, study: Study) -> Kept:
+    """What the record holds already; refuses a folder that no record of this study may stand in."""
+    if args.record is None:
+        return Kept()
+    record, output = args.record.resolve(), args.output.resolve()
+    if record == output or record in output.parents:
+        raise UserError(
+            f"--record {args.record}: holds --output {args.output}; a record needs its own folder"
+        )
+    return read_kept(study, args.record)
+
+
+def _check_replaced(
+    args: argparse.Namespace, study: Study, kept: Kept, finished: set[str], to_do: Sequence[StudyRun]
+) -> None:
+    """Before any training: refuse a record that this call can't make whole again; say what is trained again."""
+    coming = {run.name for run in to_do}
+    lost = kept.lost(study, {*kept.rows, *finished, *coming})
+    if lost:
+        raise UserError(_not_replaced(args.record, lost))
+    again = [name for name in kept.others if name in coming - finished]
+    if again:
+        print(
+            f"note: {args.record}: {len(again)} of its runs are of other settings or of another text, and are trained "
+            "again; it is replaced when all of them have finished",
+            file=sys.stderr,
+        )
+
+
+def _not_replaced(record: Path, lost: Sequence[str]) -> str:
+    return (
+        f"--record {record}: is not replaced, since it holds {len(lost)} finished run(s) that the new one would not, "
+        f"the first {lost[0]} (of other settings, another text, or unknown ones); finish them in --output, name another "
+        "--record, or remove the old one"
+    )
+
+
+@contextmanager
+def _clear_about_the_disk(output: Path) -> Iterator[None]:
+    """Turn what the system says of files and folders into one line."""
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        if disk_is_full(error):
+            raise UserError(
+                f"{output}: the disk is full ({error}); finished runs are kept, and the others go on from their last "
+                "checkpoint: make room and give the same command again"
+            ) from None
+        if error.filename is None:
+            raise
+        raise UserError(f"{error.filename}: {error.strerror}; it must be free to read and write") from None
 
 
 def _has_curves(results: Mapping[str, Any]) -> bool:
@@ -129,7 +204,8 @@ def _logs(output: Path, results: Mapping[str, Any], kept: Kept) -> Iterator[str]
     """The log lines of the finished runs, each with the run's name; without the routers' statistics, which are long."""
     for run in results["runs"]:
         path = output / run["name"] / "log.jsonl"
-        if not path.exists():
+        # a run that has begun again stands in the results as the record has it
+        if not path.with_name("summary.json").exists():
             yield from kept.logs[run["name"]]
             continue
         for line in path.read_text(encoding="utf-8").splitlines():

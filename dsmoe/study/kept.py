@@ -2,18 +2,16 @@
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from dsmoe.data.corpus import META
-from dsmoe.files import read_json, sha256
-from dsmoe.study.launcher import identity
+from dsmoe.errors import UserError
+from dsmoe.files import read_json
+from dsmoe.records import check_record_folder
+from dsmoe.study.launcher import corpus_of, identity, without_places
 from dsmoe.study.spec import Study, StudyRun
-
-# where the text lies differs between machines; the corpus itself is compared by its fingerprint
-PLACES = ("data.path",)
 
 
 @dataclass(frozen=True)
@@ -24,17 +22,30 @@ class Kept:
         rows: by the run's name, as `dsmoe.study.tabulate.collect` made them.
         environment: of the record's results.
         logs: the lines of its logs.jsonl, by the run's name.
+        others: names of the record's other runs: of other settings, of another text, not known of which, or of no run
+            that the study names.
     """
 
     rows: dict[str, dict[str, Any]] = field(default_factory=dict)
     environment: dict[str, Any] = field(default_factory=dict)
     logs: dict[str, list[str]] = field(default_factory=dict)
+    others: tuple[str, ...] = ()
+
+    def lost(self, study: Study, finished: Collection[str]) -> list[str]:
+        """Runs of the record that a record of the `finished` ones in its place would lose.
+
+        Runs that the study doesn't name any more may give way to at least as many new ones.
+        """
+        gone = [name for name in self.others if name not in finished]
+        if len(finished) < len(self.rows) + len(self.others):
+            return gone
+        known = {run.name for run in study.runs}
+        return [name for name in gone if name in known]
 
 
 def digest(study: Study, run: StudyRun) -> str:
     """SHA-256 of what a run's result depends on, but for places and the corpus."""
-    parts = identity(study, run)
-    parts["settings"] = {name: value for name, value in run.settings.items() if name not in PLACES}
+    parts = without_places(identity(study, run))
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
@@ -44,26 +55,54 @@ def read_kept(study: Study, record: Path | None) -> Kept:
     Args:
         study: the study.
         record: a record's folder, which need not exist; None: no record.
+
+    Raises:
+        UserError: the folder holds anything but a record of this study.
     """
-    if record is None or not (record / "results.json").exists():
+    if record is None or not check_record_folder(record):
         return Kept()
-    results = read_json(record / "results.json")
+    path = record / "results.json"
+    results: Any = read_json(path) if path.exists() else None
+    if not _is_of_a_study(results):
+        raise UserError(
+            f"{record}: holds a record, but not of a study of train/study.py; name another folder"
+        )
+    if results["name"] != study.name:
+        raise UserError(
+            f"{record}: holds the record of the study {results['name']!r}, and this is {study.name!r}; "
+            "name another folder"
+        )
     of_name = {run.name: run for run in study.runs}
     rows = {}
     for row in results["runs"]:
         run = of_name.get(row["name"])
-        if run is not None and row.get("digest") == digest(study, run) and _same_text(row, run.settings):
+        # where the text isn't on this machine, nothing else could be read
+        if (
+            run is not None
+            and row.get("digest") == digest(study, run)
+            and corpus_of(study, run) in (None, row.get("corpus"))
+        ):
             rows[run.name] = row
-    logs: dict[str, list[str]] = {name: [] for name in rows}
-    path = record / "logs.jsonl"
-    for line in path.read_text(encoding="utf-8").splitlines() if path.exists() else []:
-        name = json.loads(line)["run"]
+    others = tuple(row["name"] for row in results["runs"] if row["name"] not in rows)
+    return Kept(rows, results["environment"], _read_logs(record / "logs.jsonl", rows), others)
+
+
+def _is_of_a_study(results: Any) -> bool:
+    if not isinstance(results, dict) or not isinstance(results.get("runs"), list):
+        return False
+    rows = all(isinstance(row, dict) and isinstance(row.get("name"), str) for row in results["runs"])
+    return rows and isinstance(results.get("name"), str) and isinstance(results.get("environment"), dict)
+
+
+def _read_logs(path: Path, names: Collection[str]) -> dict[str, list[str]]:
+    """The lines of the runs of these names."""
+    logs: dict[str, list[str]] = {name: [] for name in names}
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    for number, line in enumerate(lines, 1):
+        try:
+            name = json.loads(line)["run"]
+        except (ValueError, KeyError, TypeError):
+            raise UserError(f"{path}: line {number} is no log line of a run; the record is damaged") from None
         if name in logs:
             logs[name].append(line + "\n")
-    return Kept(rows, results["environment"], logs)
-
-
-def _same_text(row: Mapping[str, Any], settings: Mapping[str, Any]) -> bool:
-    """Whether the row's corpus is the one that the run would read; where there is none, nothing else could be read."""
-    path = Path(settings.get("data.path", "")) / META
-    return not path.is_file() or row.get("corpus") == sha256(path)
+    return logs

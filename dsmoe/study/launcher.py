@@ -7,20 +7,22 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
-import yaml
 from tqdm import tqdm
 
+from dsmoe.data.corpus import META
 from dsmoe.errors import UserError
-from dsmoe.files import read_json, write_json
+from dsmoe.files import load_yaml, read_json, sha256, write_json
 from dsmoe.study.spec import Study, StudyRun
 
 # a study starts the trainer without the entry script, so that it also works from an installed package
 TRAINER = ["-c", "import sys; from dsmoe.trainer import main; sys.exit(main(sys.argv[1:]))"]
+# where the text lies differs between machines; the corpus itself is compared by its fingerprint
+PLACES = ("data.path",)
 
 
 def arguments(study: Study, run: StudyRun, output: Path, threads: int) -> list[str]:
@@ -36,22 +38,42 @@ def arguments(study: Study, run: StudyRun, output: Path, threads: int) -> list[s
 
 
 def identity(study: Study, run: StudyRun) -> dict[str, Any]:
-    """What a run's result depends on: its settings and the recipe under them."""
-    recipe = yaml.safe_load(study.config.read_text(encoding="utf-8")) if study.config else None
-    return {"study": study.name, "settings": run.settings, "recipe": recipe}
+    """What a run's result depends on, as study.json holds it: its settings and the recipe under them."""
+    recipe = load_yaml(study.config) if study.config else None
+    return json.loads(json.dumps({"study": study.name, "settings": run.settings, "recipe": recipe}))
+
+
+def without_places(identity: Mapping[str, Any]) -> dict[str, Any]:
+    """An `identity` but for the settings that say where things lie."""
+    settings = {name: value for name, value in identity["settings"].items() if name not in PLACES}
+    return {**identity, "settings": settings}
+
+
+def corpus_of(study: Study, run: StudyRun) -> str | None:
+    """Fingerprint of the text that the run would read now; None where it isn't on this machine."""
+    own = identity(study, run)
+    data = own["recipe"].get("data") if isinstance(own["recipe"], Mapping) else None
+    path = own["settings"].get("data.path", data.get("path") if isinstance(data, Mapping) else None)
+    meta = Path(str(path), META)
+    return sha256(meta) if path and meta.is_file() else None
 
 
 def is_finished(study: Study, run: StudyRun, output: Path) -> bool:
-    """Whether the run's summary is there.
+    """Whether the run's summary is there. A folder without study.json, which no study began, is taken as it is.
 
     Raises:
-        UserError: the folder holds a run, finished or not, of other settings or of another recipe.
+        UserError: the folder holds a run, finished or not, of other settings, of another recipe or of another text.
     """
     folder = output / run.name
-    begun = folder / "study.json"
-    if begun.exists() and read_json(begun) != identity(study, run):
+    begun, summary = folder / "study.json", folder / "summary.json"
+    if begun.exists() and without_places(read_json(begun)) != without_places(identity(study, run)):
         raise UserError(f"{folder}: holds a run of other settings; remove it, or name another --output")
-    return (folder / "summary.json").exists()
+    if not summary.exists():
+        return False
+    read, present = read_json(summary)["environment"].get("corpus"), corpus_of(study, run)
+    if read and present and read != present:
+        raise UserError(f"{folder}: holds a run of another text; remove it, or name another --output")
+    return True
 
 
 class Worker:

@@ -26,14 +26,14 @@ A run is called `dense-small-1M-s0`.
 """
 
 import itertools
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dsmoe.errors import UserError
+from dsmoe.files import load_yaml
 from dsmoe.study.curves import AXES, Curve
 
 KEYS = {"name", "title", "conclusion", "config", "settings", "groups", "pairs", "curves"}
@@ -95,24 +95,17 @@ def read_study(path: str | Path) -> Study:
         UserError: no such file, not YAML, an unknown key, a missing part; the message names the place.
     """
     path = Path(path)
-    try:
-        content = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as problem:
-        raise UserError(f"{path}: {' '.join(str(problem).split())}; give a study's YAML file") from problem
-    study = _mapping(content, str(path), KEYS)
+    study = _mapping(load_yaml(path), str(path), KEYS)
     groups = _mapping(study.get("groups"), f"{path}: groups")
     if not groups:
         raise UserError(f"{path}: groups is empty; a study needs at least one group of runs")
-    shared = _mapping(study.get("settings"), f"{path}: settings")
+    shared = _settings(study.get("settings"), f"{path}: settings")
     runs: list[StudyRun] = []
     for name, group in groups.items():
         runs += _group_runs(
             str(name), _mapping(group, f"{path}: groups.{name}", GROUP_KEYS), shared, str(path)
         )
-    names = [run.name for run in runs]
-    if len(set(names)) < len(names):
-        twice = next(name for name in names if names.count(name) > 1)
-        raise UserError(f"{path}: two runs are called {twice!r}; rename a point of the grid")
+    _check_names([run.name for run in runs], path)
     return Study(
         name=str(study.get("name", path.stem)),
         config=_recipe(study.get("config"), path),
@@ -120,18 +113,49 @@ def read_study(path: str | Path) -> Study:
         pairs=_pairs(study.get("pairs"), runs, path),
         title=str(study.get("title", path.stem)),
         conclusion=" ".join(str(study.get("conclusion", "")).split()),
-        curves=[_curve(curve, runs, f"{path}: curves") for curve in study.get("curves") or []],
+        curves=[
+            _curve(curve, runs, f"{path}: curves") for curve in _list(study.get("curves"), f"{path}: curves")
+        ],
     )
+
+
+def _check_names(names: list[str], path: Path) -> None:
+    for name in names:
+        if names.count(name) > 1:
+            raise UserError(f"{path}: two runs are called {name!r}; rename a point of the grid")
+        if "/" in name:
+            raise UserError(
+                f"{path}: a run is called {name!r}, which is no name of a folder; leave out the '/'"
+            )
 
 
 def _mapping(value: Any, place: str, known: set[str] | None = None) -> dict[str, Any]:
     value = {} if value is None else value
     if not isinstance(value, Mapping):
         raise UserError(f"{place} is {value!r}; it must be a mapping")
-    unknown = sorted(set(value) - known) if known else []
+    unknown = sorted(set(value) - known, key=str) if known else []
     if unknown:
         raise UserError(f"{place}: unknown key {unknown[0]!r}; known are {', '.join(sorted(known or ()))}")
     return dict(value)
+
+
+def _settings(value: Any, place: str) -> dict[str, Any]:
+    """Settings by dotted name, all of them such as JSON holds: a run's command line and study.json are written in it."""
+    found = _mapping(value, place)
+    for name, setting in found.items():
+        if not isinstance(name, str):
+            raise UserError(f"{place}: {name!r} is no dotted name, such as train.total_tokens")
+        try:
+            json.dumps(setting)
+        except (TypeError, ValueError):
+            raise UserError(f"{place}.{name} is {setting!r}, which is no setting; quote a text") from None
+    return found
+
+
+def _list(value: Any, place: str) -> list[Any]:
+    if value is not None and not isinstance(value, list):
+        raise UserError(f"{place} is {value!r}; it must be a list")
+    return value or []
 
 
 def _group_runs(name: str, group: dict[str, Any], shared: dict[str, Any], path: str) -> list[StudyRun]:
@@ -140,13 +164,13 @@ def _group_runs(name: str, group: dict[str, Any], shared: dict[str, Any], path: 
         axis: _mapping(points, f"{place}.grid.{axis}")
         for axis, points in _mapping(group.get("grid"), f"{place}.grid").items()
     }
-    own = _mapping(group.get("settings"), f"{place}.settings")
+    own = _settings(group.get("settings"), f"{place}.settings")
     runs = []
     for point in itertools.product(*axes.values()):
         labels = {axis: str(label) for axis, label in zip(axes, point)}
         settings = {**shared, **own}
         for axis, label in zip(axes, point):
-            settings |= _mapping(axes[axis][label], f"{place}.grid.{axis}.{label}")
+            settings |= _settings(axes[axis][label], f"{place}.grid.{axis}.{label}")
         for seed in _seeds(group.get("seeds", [0]), list(labels.values()), f"{place}.seeds"):
             runs.append(
                 StudyRun("-".join([name, *labels.values(), f"s{seed}"]), name, labels, seed, settings)
@@ -163,26 +187,41 @@ def _seeds(value: Any, labels: list[str], place: str) -> list[int]:
             point = "-".join(labels)
             raise UserError(f"{place} names {len(known)} points of {point!r}; it must name one, or be a list")
         seeds = {str(label): own for label, own in value.items()}[known[0]]
-    if not isinstance(seeds, list) or not seeds or not all(isinstance(seed, int) for seed in seeds):
-        raise UserError(f"{place} is {seeds!r}; it must be a list of integers, such as [0, 1, 2]")
+    # type() and not isinstance: true is an int in Python
+    fit = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    if not fit or not seeds or len(set(seeds)) < len(seeds):
+        raise UserError(
+            f"{place} is {seeds!r}; it must be a list of different integers from 0 on, such as [0, 1, 2]"
+        )
     return seeds
 
 
-def _recipe(config: str | None, path: Path) -> Path | None:
+def _recipe(config: Any, path: Path) -> Path | None:
     if config is None:
         return None
+    if not isinstance(config, str):
+        raise UserError(f"{path}: config is {config!r}; it must be the path of a recipe of train/pretrain.py")
     for folder in (path.parent, Path()):
         if (folder / config).is_file():
+            _check_recipe(folder / config)
             return folder / config
     raise UserError(
         f"{path}: config {config!r} is no file, neither beside the study nor in the present folder"
     )
 
 
+def _check_recipe(path: Path) -> None:
+    """Refuse what study.json couldn't hold; whether its settings fit is for the trainer to say."""
+    try:
+        json.dumps(load_yaml(path))
+    except TypeError as problem:
+        raise UserError(f"{path}: {problem}; quote what is a text") from None
+
+
 def _pairs(pairs: Any, runs: list[StudyRun], path: Path) -> list[tuple[str, str]]:
     groups, points = {run.group for run in runs}, {run.point for run in runs}
     found = []
-    for pair in pairs or []:
+    for pair in _list(pairs, f"{path}: pairs"):
         if not isinstance(pair, list) or len(pair) != 2:
             raise UserError(f"{path}: pairs holds {pair!r}; each must be two names of groups or of points")
         names = (str(pair[0]), str(pair[1]))
@@ -206,7 +245,7 @@ def _curve(value: Any, runs: list[StudyRun], place: str) -> Curve:
     groups = {run.group for run in runs}
     if not isinstance(pair, list) or len(pair) != 2 or not set(map(str, pair)) <= groups:
         raise UserError(f"{place}: pair is {pair!r}; it must be two groups ({', '.join(sorted(groups))})")
-    if against not in AXES:
+    if not isinstance(against, str) or against not in AXES:
         raise UserError(f"{place}: against is {against!r}; it must be one of {', '.join(AXES)}")
     labels = {label for run in runs if run.group == str(pair[0]) for label in run.labels.values()}
     if not isinstance(points, list) or not points or not set(map(str, points)) <= labels:

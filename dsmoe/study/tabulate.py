@@ -1,7 +1,7 @@
 """A study's results: every run, means over seeds, paired differences between groups."""
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -9,15 +9,20 @@ from dsmoe.accounting import markdown_table
 from dsmoe.files import read_json
 from dsmoe.study.curves import follow, sentence
 from dsmoe.study.kept import Kept, digest
+from dsmoe.study.launcher import is_finished
 from dsmoe.study.spec import Study, StudyRun
 from dsmoe.trainer.seeds import spread
 
 COPIED = ("kind", "tokens", "validation_loss", "validation_loss_sparse", "test_loss", "test_loss_sparse",
           "active_experts_sparse", "mlp_active_fraction", "num_params_total", "num_params_active", "training_flops",
           "training_seconds")  # fmt: skip
+# the seeds of a point take the same steps, so a larger difference comes from how FLOPs were counted
+SAME_FLOPS = 0.01
+
+Row = Mapping[str, Any]
 
 
-def final_loss(row: Mapping[str, Any], split: str = "validation") -> float:
+def final_loss(row: Row, split: str = "validation") -> float:
     """The loss in the mode that a model is run in: sparse for a DS-MoE, its own for the others."""
     sparse = row.get(f"{split}_loss_sparse")
     return row[f"{split}_loss"] if sparse is None else sparse
@@ -34,20 +39,23 @@ def collect(study: Study, output: Path, kept: Kept | None = None) -> dict[str, A
     Returns:
         {"name", "runs": [one dict per finished run], "missing": names, "groups": [mean and spread over seeds of each
         point], "pairs": [paired differences first - second at each point that both groups have], "curves": of
-        `dsmoe.study.curves.follow`}.
+        `dsmoe.study.curves.follow`, "environment", "notes": sentences on what was left out}.
+
+    Raises:
+        UserError: as `is_finished`: a folder holds a run of other settings.
     """
     kept = kept or Kept()
     rows, missing, environment = [], [], kept.environment
     for run in study.runs:
-        path = output / run.name / "summary.json"
-        if path.exists():
-            summary = read_json(path)
+        if is_finished(study, run, output):
+            summary = read_json(output / run.name / "summary.json")
             environment = summary["environment"]
-            rows.append({**_row(run, summary), "digest": digest(study, run)})
+            rows.append(_row(study, run, summary, output / run.name / "study.json"))
         elif run.name in kept.rows:
             rows.append(kept.rows[run.name])
         else:
             missing.append(run.name)
+    compared = dict.fromkeys([*study.pairs, *(curve.pair for curve in study.curves)])
     return {
         "name": study.name,
         "runs": rows,
@@ -56,37 +64,37 @@ def collect(study: Study, output: Path, kept: Kept | None = None) -> dict[str, A
         "pairs": [pair for names in study.pairs for pair in _pair(rows, *names)],
         "curves": [follow(curve, rows, _pair(rows, *curve.pair)) for curve in study.curves],
         "environment": environment,
+        "notes": [note for names in compared for note in _left_out(rows, *names)],
     }
 
 
-def _row(run: StudyRun, summary: Mapping[str, Any]) -> dict[str, Any]:
+def _row(study: Study, run: StudyRun, summary: Row, begun: Path) -> dict[str, Any]:
     found = {"name": run.name, "group": run.group, "labels": run.labels, "seed": run.seed}
     found |= {key: summary[key] for key in COPIED if key in summary}
-    return {
-        **found,
-        "model": summary["config"]["model"],
-        "settings": run.settings,
-        "corpus": summary["environment"].get("corpus"),
-    }
+    found |= {"model": summary["config"]["model"], "corpus": summary["environment"].get("corpus")}
+    if not begun.exists():
+        # nobody knows of what settings such a folder is, so its row claims none by a digest
+        return {**found, "settings": run.settings}
+    return {**found, "settings": read_json(begun)["settings"], "digest": digest(study, run)}
 
 
-def _point(row: Mapping[str, Any]) -> tuple[str, ...]:
+def _point(row: Row) -> tuple[str, ...]:
     return (row["group"], *row["labels"].values())
 
 
-def point_name(row: Mapping[str, Any]) -> str:
+def point_name(row: Row) -> str:
     """What the rows of all seeds have in common, as `StudyRun.point` writes it."""
     return "-".join(_point(row))
 
 
-def _points(rows: Sequence[Mapping[str, Any]]) -> dict[tuple[str, ...], list[Mapping[str, Any]]]:
+def _points(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
     points = defaultdict(list)
     for row in rows:
         points[_point(row)].append(row)
     return points
 
 
-def _groups(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def _groups(rows: Sequence[Row]) -> list[dict[str, Any]]:
     found = []
     for same in _points(rows).values():
         point = {
@@ -101,20 +109,37 @@ def _groups(rows: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     return found
 
 
-def _pair(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> list[dict[str, Any]]:
+def _matches(
+    rows: Sequence[Row], first: str, second: str
+) -> Iterator[tuple[str, str, list[tuple[Row, Row]]]]:
+    """Names of the points that a pair of names compares, and the two rows of each seed that both have."""
     points = _points(rows)
     by_name = {"-".join(point): point for point in points}
     if first in by_name and second in by_name:
         matches = [(by_name[first], by_name[second])]
     else:
         matches = [(point, (second, *point[1:])) for point in points if point[0] == first]
-    found = []
     for ours, theirs in matches:
         of_seed = {row["seed"]: row for row in points.get(theirs, [])}
         common = [(row, of_seed[row["seed"]]) for row in points[ours] if row["seed"] in of_seed]
+        yield "-".join(ours), "-".join(theirs), common
+
+
+def _of_one_text(row: Row, other: Row) -> bool:
+    texts = {row.get("corpus"), other.get("corpus")} - {None}
+    return len(texts) < 2
+
+
+def _pair(rows: Sequence[Row], first: str, second: str) -> list[dict[str, Any]]:
+    found = []
+    for ours, theirs, matched in _matches(rows, first, second):
+        common = [both for both in matched if _of_one_text(*both)]
         if common:
-            seeds = [row["seed"] for row, _ in common]
-            pair: dict[str, Any] = {"first": "-".join(ours), "second": "-".join(theirs), "seeds": seeds}
+            pair: dict[str, Any] = {
+                "first": ours,
+                "second": theirs,
+                "seeds": [row["seed"] for row, _ in common],
+            }
             for split in ("validation", "test"):
                 if all(f"{split}_loss" in row for both in common for row in both):
                     differences = [final_loss(row, split) - final_loss(other, split) for row, other in common]
@@ -123,7 +148,39 @@ def _pair(rows: Sequence[Mapping[str, Any]], first: str, second: str) -> list[di
     return found
 
 
-def table(results: Mapping[str, Any]) -> str:
+def _left_out(rows: Sequence[Row], first: str, second: str) -> Iterator[str]:
+    """A sentence for each two points of which `_pair` leaves seeds out."""
+    for ours, theirs, matched in _matches(rows, first, second):
+        seeds = [str(both[0]["seed"]) for both in matched if not _of_one_text(*both)]
+        if seeds:
+            yield f"{ours} - {theirs}: seed {', '.join(seeds)} left out, since the two runs read different texts."
+
+
+def mean_flops(rows: Sequence[Row]) -> float:
+    """Training FLOPs, on average over rows."""
+    return sum(row["training_flops"] for row in rows) / len(rows)
+
+
+def flops_notes(points: Iterable[tuple[str, Sequence[Row]]]) -> list[str]:
+    """A sentence on the points whose seeds' FLOPs were not counted alike, if there are any.
+
+    Args:
+        points: name and rows of each.
+    """
+    names = []
+    for name, same in points:
+        flops = [row["training_flops"] for row in same]
+        if max(flops) > (1 + SAME_FLOPS) * min(flops):
+            names.append(name)
+    if not names:
+        return []
+    return [
+        f"FLOPs of {', '.join(names)} are means over seeds that differ by more than {SAME_FLOPS:.0%}; runs of older "
+        "versions counted the mask phase at all experts."
+    ]
+
+
+def table(results: Row) -> str:
     """The study as Markdown: one row a point, then the paired differences."""
     rows = []
     by_point = _points(results["runs"])
@@ -137,7 +194,7 @@ def table(results: Mapping[str, Any]) -> str:
                 f"{first['tokens'] / 1e6:.2f}M",
                 f"{first['num_params_total'] / 1e6:.2f}M",
                 f"{first['num_params_active'] / 1e6:.2f}M",
-                f"{first['training_flops']:.2e}",
+                f"{mean_flops(same):.2e}",
                 _mean(point.get("validation_loss")),
                 _mean(point.get("test_loss")),
             ]
@@ -153,10 +210,11 @@ def table(results: Mapping[str, Any]) -> str:
         text += "\n\n" + markdown_table(["difference", "seeds", "validation", "test"], pairs)
     if results["curves"]:
         text += "\n\n" + "\n".join(f"- {sentence(curve)}" for curve in results["curves"])
-    return text
+    notes = flops_notes((point_name(same[0]), same) for same in by_point.values()) + results["notes"]
+    return text + "".join(f"\n\n{note}" for note in notes)
 
 
-def _mean(value: Mapping[str, Any] | None, sign: bool = False) -> str:
+def _mean(value: Row | None, sign: bool = False) -> str:
     if value is None:
         return ""
     mean = f"{value['mean']:+.4f}" if sign else f"{value['mean']:.4f}"

@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser, Namespace
 from dsmoe.checkpoint import clean_leftovers, holds_checkpoints, told_when_full
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError, run_reporting_errors
-from dsmoe.files import read_json, write_json, write_text
+from dsmoe.files import load_yaml, read_json, write_json, write_text
 from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
 from dsmoe.trainer.launch import finish, start
 from dsmoe.trainer.lock import RunLock
@@ -73,6 +73,9 @@ def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, Any, str]:
     """The run's configuration, the other arguments, and the resolved YAML."""
     parser = build_parser()
     namespace = parser.parse_args(argv)
+    for path in namespace["config"] or []:
+        # jsonargparse takes the last of two keys of one name, and the settings under the first are gone
+        load_yaml(str(path))
     for name in ("model", "data", "optim", "router_loss", "mask_phase", "distillation", "guard", "train"):
         if not isinstance(namespace[name], Namespace):
             raise UserError(f"{name} is {namespace[name]!r}; it must be a mapping of settings")

@@ -1,0 +1,73 @@
+"""Files: YAML without keys that vanish, and folders that appear whole."""
+
+from pathlib import Path
+
+import pytest
+
+from dsmoe.errors import UserError
+from dsmoe.files import load_yaml, new_folder
+
+
+def test_yaml_with_anchors_and_merges_is_as_pyyaml_reads_it(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text(
+        "a: &a {x: 1, y: 2}\nb: {<<: *a, x: 3}\nc: *a\nd: {<<: [*a, {z: 4}], y: 5}\n1: {x: é}\n", "utf-8"
+    )
+    a = {"x": 1, "y": 2}
+    assert load_yaml(path) == {
+        "a": a,
+        "b": {"x": 3, "y": 2},
+        "c": a,
+        "d": {"x": 1, "y": 5, "z": 4},
+        1: {"x": "é"},
+    }
+    path.write_text("")
+    assert load_yaml(path) is None
+
+
+@pytest.mark.parametrize(
+    ("content", "words"),
+    [
+        (b"a: 1\nb: {c: 1, d: {e: 1, e: 2}}", "line 2: the key 'e' stands twice in one mapping"),
+        (b"a: {<<: {x: 1}, y: 1, y: 2}", "the key 'y' stands twice"),
+        (b"a: 1\nb: ]", "line 2: "),
+        (b"a: \xff\xfe", "can't decode"),
+        (b"a: 2024-13-01", "month must be in 1..12"),
+        (b"a: \x00", "special characters are not allowed"),
+        (b"[" * 5000, "recursion"),
+    ],
+)
+def test_bad_yaml_is_one_line(tmp_path, content, words):
+    path = tmp_path / "bad.yaml"
+    path.write_bytes(content)
+    with pytest.raises(UserError) as problem:
+        load_yaml(path)
+    assert str(problem.value).startswith(f"{path}: ") and words in str(problem.value)
+    assert len(str(problem.value).splitlines()) == 1
+
+
+@pytest.mark.parametrize(("name", "words"), [("missing.yaml", "No such file"), ("", "Is a directory")])
+def test_a_yaml_that_cannot_be_read_is_one_line(tmp_path, name, words):
+    with pytest.raises(UserError, match=words):
+        load_yaml(tmp_path / name)
+
+
+def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monkeypatch):
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    (folder / "old").touch()
+    rename = Path.rename
+
+    def fail_for_the_new(path, target):
+        if (path / "new").exists():
+            raise OSError("a made-up problem")
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail_for_the_new)
+    with pytest.raises(OSError, match="made-up"), new_folder(folder, overwrite=True) as beside:
+        (beside / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "old"]
+    monkeypatch.undo()
+    with new_folder(folder, overwrite=True) as beside:
+        (beside / "new").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["folder", "new"]

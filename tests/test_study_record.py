@@ -1,0 +1,273 @@
+"""What a study takes for finished, and what its record may replace; with a stand-in trainer."""
+
+import json
+import shutil
+
+import pytest
+import yaml
+
+from dsmoe.records import write_record
+from dsmoe.study import launcher
+from dsmoe.study.command import main
+from dsmoe.study.curves import Curve
+from dsmoe.study.spec import Study, StudyRun
+from dsmoe.study.tabulate import collect, table
+
+STUDY = {
+    "name": "toy",
+    "settings": {"train.total_tokens": 1000},
+    "groups": {"dense": {"settings": {"model.kind": "dense"}, "seeds": [0, 1]}, "dsmoe": {"seeds": [0, 1]}},
+    "pairs": [["dsmoe", "dense"]],
+}
+NAMES = ["dense-s0", "dense-s1", "dsmoe-s0", "dsmoe-s1"]
+
+# reads its text as the trainer does (from the setting, or else from the recipe), fails while a file says so
+STAND_IN = """
+import hashlib, json, pathlib, sys, yaml
+options = dict(zip(sys.argv[1::2], sys.argv[2::2]))
+folder = pathlib.Path(options["--train.output_dir"])
+if (folder.parent / ("fail-" + folder.name)).exists():
+    print("error: a made-up problem"); sys.exit(2)
+recipe = yaml.safe_load(open(options["--config"])) if "--config" in options else {}
+meta = pathlib.Path(options.get("--data.path", recipe.get("data", {}).get("path", "nowhere")), "meta.json")
+corpus = hashlib.sha256(meta.read_bytes()).hexdigest() if meta.exists() else None
+kind, seed = options.get("--model.kind", "dsmoe"), json.loads(options["--train.seeds"])[0]
+loss = 3.0 + seed + float(options.get("--optim.eps", 0))
+(folder / "log.jsonl").write_text(json.dumps({"step": 1, "lm_loss": loss}) + "\\n")
+(folder / "summary.json").write_text(json.dumps({
+    "kind": kind, "seed": seed, "tokens": 1000, "validation_loss": loss, "test_loss": loss, "num_params_total": 10,
+    "num_params_active": 5, "training_flops": 1e9, "environment": {"corpus": corpus}, "config": {"model": {}}}))
+"""
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A folder with toy.yaml and a text."""
+    monkeypatch.setattr(launcher, "TRAINER", ["-c", STAND_IN])
+    text(tmp_path / "text", 1)
+    write_study(tmp_path)
+    return tmp_path
+
+
+def text(folder, content):
+    folder.mkdir()
+    (folder / "meta.json").write_text(json.dumps(content))
+
+
+def write_study(place, settings=None, **more):
+    settings = {**STUDY["settings"], "data.path": str(place / "text"), **(settings or {})}
+    (place / "toy.yaml").write_text(yaml.safe_dump({**STUDY, "settings": settings, **more}))
+
+
+def run(place, *words, output="runs", record="record"):
+    options = ["--record", str(place / record)] if record else []
+    return main([str(place / "toy.yaml"), "--output", str(place / output), *options, *words])
+
+
+def content(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def rows_of(place):
+    return {row["name"]: row for row in json.loads((place / "record" / "results.json").read_text())["runs"]}
+
+
+def last_line(capsys):
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.strip().splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("record", "words"),
+    [
+        ("precious", "is no record (it holds a folder, sub)"),
+        ("precious/sub", "is no record (it has no record.json)"),
+        ("precious/sub/file", "is a file"),
+        ("runs", "holds --output"),
+        (".", "holds --output"),
+    ],
+)
+def test_a_folder_that_is_no_record_is_never_replaced(place, capsys, record, words):
+    (place / "precious" / "sub").mkdir(parents=True)
+    (place / "precious" / "sub" / "file").write_text("precious")
+    before = content(place)
+    assert run(place, record=record) == 2
+    assert words in last_line(capsys)
+    assert content(place) == before  # nothing was trained either
+
+
+@pytest.mark.parametrize(
+    "results",
+    [
+        None,
+        [],
+        {},
+        {"name": "toy", "runs": [{"arm": "a"}], "environment": {}},
+        {"runs": [{"arm": "a"}], "summary": {}},
+    ],
+)
+def test_a_record_of_another_kind_is_never_replaced(place, capsys, results):
+    files = []
+    if results is not None:
+        (place / "results.json").write_text(json.dumps(results))
+        files = [place / "results.json"]
+    write_record(place / "record", title="t", command="c", conclusion="", files=files)
+    before = content(place)
+    assert run(place) == 2
+    assert "not of a study" in last_line(capsys)
+    assert content(place) == before
+
+
+def test_the_record_of_another_study_is_never_replaced(place, capsys):
+    assert run(place) == 0
+    write_study(place, name="other")
+    assert run(place, output="others") == 2
+    assert "record of the study 'toy'" in last_line(capsys)
+    assert not (place / "others").exists()
+
+
+def make_unknown(place):
+    """The record as older versions wrote it: nothing says of what settings its runs are."""
+    path = place / "record" / "results.json"
+    results = json.loads(path.read_text())
+    for row in results["runs"]:
+        del row["digest"]
+    path.write_text(json.dumps(results))
+
+
+def test_a_whole_record_is_not_replaced_by_a_part(place, capsys):
+    assert run(place) == 0
+    make_unknown(place)
+    before = content(place / "record")
+    assert run(place, "--table-only", output="none") == 2
+    assert "holds 4 finished run(s)" in last_line(capsys) and not (place / "none").exists()
+    for name in NAMES[1:]:
+        shutil.rmtree(place / "runs" / name)
+    assert run(place, "--table-only") == 2
+    assert "holds 3 finished run(s) that the new one would not, the first dense-s1" in last_line(capsys)
+    # what this call would leave out it can't bring back either: refused before anything is trained
+    assert run(place, "--only", "dsmoe-*") == 2
+    assert "the first dense-s1" in last_line(capsys)
+    assert not (place / "runs" / "dsmoe-s0").exists()
+    # all of them are to come, and one doesn't: refused at the end, and what was trained stays
+    (place / "runs" / "fail-dsmoe-s1").touch()
+    assert run(place) == 2
+    words = capsys.readouterr().err
+    assert "note: " in words and "3 of its runs are of other settings" in words
+    assert "1 run(s) failed" in words and "holds 1 finished run(s)" in words.strip().splitlines()[-1]
+    assert content(place / "record") == before
+    assert (place / "runs" / "dsmoe-s0" / "summary.json").exists()
+    (place / "runs" / "fail-dsmoe-s1").unlink()
+    assert run(place) == 0
+    assert list(rows_of(place)) == NAMES and all("digest" in row for row in rows_of(place).values())
+
+
+def test_runs_that_the_study_no_longer_names_give_way_to_as_many(place, capsys):
+    assert run(place) == 0
+    groups = {"dense": STUDY["groups"]["dense"], "ours": {"seeds": [0]}}
+    write_study(place, groups=groups, pairs=[])
+    assert run(place) == 2
+    assert "holds 2 finished run(s)" in last_line(capsys)
+    groups["ours"]["seeds"] = [0, 1]
+    write_study(place, groups=groups, pairs=[])
+    assert run(place) == 0
+    assert list(rows_of(place)) == ["dense-s0", "dense-s1", "ours-s0", "ours-s1"]
+
+
+def test_old_losses_are_never_given_new_settings(place, capsys):
+    assert run(place) == 0
+    before = content(place)
+    write_study(place, {"optim.eps": 1.0})
+    assert run(place, "--table-only") == 2
+    assert f"{place / 'runs' / 'dense-s0'}: holds a run of other settings" in last_line(capsys)
+    write_study(place)
+    assert content(place) == before
+
+
+def test_the_same_text_elsewhere_is_the_same_run_and_another_text_is_not(place, capsys):
+    assert run(place) == 0
+    shutil.copytree(place / "text", place / "moved")
+    write_study(place, {"data.path": str(place / "moved")})
+    assert run(place, "--table-only") == 0
+    # the row says where the run read it
+    assert rows_of(place)["dense-s0"]["settings"]["data.path"] == str(place / "text")
+    text(place / "new", 2)
+    write_study(place, {"data.path": str(place / "new")})
+    assert run(place, "--table-only", record=None) == 2
+    assert "holds a run of another text" in last_line(capsys)
+
+
+def test_a_folder_that_no_study_began_is_taken_and_claims_no_settings(place):
+    assert run(place, "--only", "dense-*") == 0
+    (place / "runs" / "dense-s0" / "study.json").unlink()
+    assert run(place, "--table-only") == 0
+    assert "digest" not in rows_of(place)["dense-s0"] and "digest" in rows_of(place)["dense-s1"]
+
+
+def test_the_text_of_a_recipe_is_compared_too(place, capsys):
+    (place / "recipe.yaml").write_text(yaml.safe_dump({"data": {"path": str(place / "text")}}))
+    study = {**STUDY, "config": "recipe.yaml"}
+    (place / "toy.yaml").write_text(yaml.safe_dump(study))
+    assert run(place) == 0
+    shutil.rmtree(place / "runs")
+    assert run(place) == 0
+    assert not (place / "runs" / "dense-s0").exists()  # kept
+    (place / "text" / "meta.json").write_text("2")
+    assert run(place) == 0
+    assert "4 of its runs" in capsys.readouterr().err
+    assert (place / "runs" / "dense-s0" / "summary.json").exists()
+
+
+def test_a_damaged_log_of_a_record_is_named(place, capsys):
+    assert run(place) == 0
+    with (place / "record" / "logs.jsonl").open("a") as handle:
+        handle.write("torn\n")
+    assert run(place) == 2
+    assert "logs.jsonl: line 5 is no log line" in last_line(capsys)
+
+
+def test_the_log_of_a_kept_run_is_the_record_s(place):
+    assert run(place) == 0
+    before = (place / "record" / "logs.jsonl").read_text()
+    (place / "runs" / "dense-s0" / "summary.json").unlink()  # the folder of a run that has only begun
+    (place / "runs" / "dense-s0" / "log.jsonl").write_text("")
+    assert run(place, "--table-only") == 0
+    assert (place / "record" / "logs.jsonl").read_text() == before
+
+
+def finished(output, group, seed, corpus, flops=1e9):
+    """A run that has ended, in its folder."""
+    summary = {
+        "kind": group, "seed": seed, "tokens": 1000, "validation_loss": 3.0, "test_loss": 3.0 + (group == "dense"),
+        "num_params_total": 10, "num_params_active": 5, "training_flops": flops, "environment": {"corpus": corpus},
+        "config": {"model": {}},
+    }  # fmt: skip
+    folder = output / f"{group}-1k-s{seed}"
+    folder.mkdir(parents=True)
+    (folder / "summary.json").write_text(json.dumps(summary))
+    return StudyRun(folder.name, group, {"tokens": "1k"}, seed, {})
+
+
+def test_runs_of_different_texts_are_not_compared(tmp_path):
+    runs = [finished(tmp_path, "dsmoe", seed, corpus) for seed, corpus in enumerate(["a", "a", None])]
+    runs += [finished(tmp_path, "dense", seed, corpus) for seed, corpus in enumerate(["a", "b", "b"])]
+    curve = Curve(("dsmoe", "dense"), "tokens", ("1k",))
+    results = collect(Study("toy", None, runs, pairs=[("dsmoe", "dense")], curves=[curve]), tmp_path)
+    (pair,) = results["pairs"]
+    assert pair["seeds"] == [0, 2] and pair["test"]["differences"] == [-1.0, -1.0]
+    assert results["curves"][0]["points"][0]["seeds"] == [0, 2]
+    note = "dsmoe-1k - dense-1k: seed 1 left out, since the two runs read different texts."
+    assert results["notes"] == [note] and table(results).endswith(note)
+
+
+def test_flops_are_means_and_a_difference_is_told(tmp_path):
+    runs = [finished(tmp_path, "dsmoe", seed, None, flops) for seed, flops in enumerate([1e9, 1.2e9])]
+    runs += [finished(tmp_path, "dense", seed, None, flops) for seed, flops in enumerate([1e9, 1.009e9])]
+    shown = table(collect(Study("toy", None, runs), tmp_path))
+    assert "1.10e+09" in shown and "1.00e+09" in shown
+    assert shown.splitlines()[-1].startswith(
+        "FLOPs of dsmoe-1k are means over seeds that differ by more than 1%"
+    )
+    runs = runs[2:]
+    assert "FLOPs of" not in table(collect(Study("toy", None, runs), tmp_path))
