@@ -39,6 +39,17 @@ loss = 3.0 + seed + float(options.get("--optim.eps", 0))
     "num_params_active": 5, "training_flops": 1e9, "environment": {"corpus": corpus}, "config": {"model": {}}}))
 """
 
+# writes its GPU and waits until the run of the other seed has, so that two are sure to run at a time
+MEETS = """
+import os, pathlib, sys, time
+folder = pathlib.Path(dict(zip(sys.argv[1::2], sys.argv[2::2]))["--train.output_dir"])
+(folder / "gpu").write_text(os.environ["CUDA_VISIBLE_DEVICES"])
+other = folder.with_name(folder.name[:-1] + str(1 - int(folder.name[-1]))) / "gpu"
+for _ in range(600):
+    if other.exists(): break
+    time.sleep(0.1)
+"""
+
 
 @pytest.fixture
 def place(tmp_path, monkeypatch):
@@ -271,3 +282,21 @@ def test_flops_are_means_and_a_difference_is_told(tmp_path):
     )
     runs = runs[2:]
     assert "FLOPs of" not in table(collect(Study("toy", None, runs), tmp_path))
+
+
+def test_runs_at_a_time_have_gpus_of_their_own(place, monkeypatch):
+    monkeypatch.setattr(launcher, "TRAINER", ["-c", MEETS + STAND_IN])
+    monkeypatch.setattr(launcher, "gpus", lambda: ["3", "5"])
+    assert main([str(place / "toy.yaml"), "--output", str(place / "out"), "--workers", "2"]) == 0
+    given = {name: (place / "out" / name / "gpu").read_text() for name in NAMES}
+    assert {given["dense-s0"], given["dense-s1"]} == {given["dsmoe-s0"], given["dsmoe-s1"]} == {"3", "5"}
+
+
+def test_gpus_are_those_that_are_visible(monkeypatch):
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 2)
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    assert launcher.gpus() == ["0", "1"]
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,7")
+    assert launcher.gpus() == ["4", "7"]
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+    assert launcher.gpus() == []

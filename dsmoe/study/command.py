@@ -41,7 +41,9 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("study", help="the study's YAML")
     parser.add_argument("--output", required=True, type=Path, help="folder of the runs and their table")
-    parser.add_argument("--workers", type=int, default=1, help="runs at a time (default 1)")
+    parser.add_argument(
+        "--workers", type=int, default=1, help="runs at a time, spread over the GPUs (default 1)"
+    )
     parser.add_argument("--threads", type=int, default=0, help="torch threads of each run (default: torch's)")
     parser.add_argument("--minutes", type=float, default=0, help="stop after so long (default: no limit)")
     parser.add_argument(

@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, Any
 
+import torch
 from tqdm import tqdm
 
 from dsmoe.data.corpus import META
@@ -77,14 +78,16 @@ def is_finished(study: Study, run: StudyRun, output: Path) -> bool:
 
 
 class Worker:
-    """A running training process with its log."""
+    """A running training process with its log, on one GPU where there are any."""
 
-    def __init__(self, study: Study, run: StudyRun, output: Path, threads: int) -> None:
-        self.run, self.folder = run, output / run.name
+    def __init__(self, study: Study, run: StudyRun, output: Path, threads: int, gpu: str | None) -> None:
+        self.run, self.folder, self.gpu = run, output / run.name, gpu
         self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / "study.json", identity(study, run))
         self.log: IO[bytes] = (self.folder / "output.log").open("ab")
         environment = {**os.environ, **({"OMP_NUM_THREADS": str(threads)} if threads else {})}
+        if gpu is not None:
+            environment["CUDA_VISIBLE_DEVICES"] = gpu
         command = [sys.executable, *TRAINER, *arguments(study, run, output, threads)]
         self.process = subprocess.Popen(command, stdout=self.log, stderr=self.log, env=environment)
 
@@ -104,6 +107,12 @@ class Worker:
             (self.folder / "output.log").read_text(encoding="utf-8", errors="replace").strip().splitlines()
         )
         return lines[-1].split("\r")[-1] if lines else "no output"
+
+
+def gpus() -> list[str]:
+    """Names of the GPUs that this process sees, as CUDA_VISIBLE_DEVICES gives them."""
+    count, visible = torch.cuda.device_count(), os.environ.get("CUDA_VISIBLE_DEVICES")
+    return visible.split(",")[:count] if visible else [str(index) for index in range(count)]
 
 
 @contextmanager
@@ -138,7 +147,7 @@ def launch(
         study: the study.
         runs: those of its runs to do, in order.
         output: the folder of the study; every run gets a folder in it.
-        workers: runs at a time.
+        workers: runs at a time, spread over the GPUs.
         threads: torch threads of each; 0: torch's default.
         minutes: stop after so long (runs that are under way are asked for a checkpoint); 0: no limit.
 
@@ -152,11 +161,14 @@ def launch(
     bar = tqdm(total=len(runs), initial=len(finished), unit="run", desc=study.name, dynamic_ncols=True)
     shown = ""
     active: list[Worker] = []
+    devices = gpus()
     with _exit_on_sigterm():
         try:
             while (left or active) and time.monotonic() < deadline:
                 while left and len(active) < workers:
-                    active.append(Worker(study, left.pop(0), output, threads))
+                    busy = [worker.gpu for worker in active]
+                    gpu = min(devices, key=busy.count, default=None)
+                    active.append(Worker(study, left.pop(0), output, threads, gpu))
                 names = ", ".join(worker.run.name for worker in active)[:60]
                 if names != shown:  # each refresh is a line in a log file
                     shown = names
