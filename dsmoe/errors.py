@@ -15,7 +15,11 @@ class UserError(ValueError):
 
 
 def run_reporting_errors(function: Callable[[], Any]) -> int:
-    """Call `function()`; a UserError becomes one line on stderr and status 2, Ctrl-C 130, a closed pipe 141."""
+    """Call `function()` and return the exit status of the command.
+
+    A UserError, and what the system says of a file or folder, becomes one line on stderr and status 2; Ctrl-C 130; a
+    closed pipe 141.
+    """
     try:
         function()
         sys.stdout.flush()
@@ -26,6 +30,14 @@ def run_reporting_errors(function: Callable[[], Any]) -> int:
         # the reader of a pipe (`| head`) has seen enough; the interpreter's own flush at exit must not fail again
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    except OSError as error:
+        # without a file's name (a network, a full disk in the midst of writing), or with the URL that urllib puts there,
+        # one line would say too little
+        if error.filename is None or error.strerror is None:
+            raise
+        # of a renaming the second name is the one that the user gave; the first is a temporary one
+        print(f"error: {error.filename2 or error.filename}: {error.strerror}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130

@@ -5,7 +5,7 @@ import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -92,22 +92,56 @@ def load_yaml(path: str | Path) -> Any:
         raise UserError(f"{path}: {' '.join(str(error).split())}; give a YAML file in UTF-8") from None
 
 
-@contextmanager
-def new_folder(path: str | Path, *, overwrite: bool = False) -> Iterator[Path]:
-    """Yield a temporary folder beside `path` that becomes `path` when the block ends without an error.
+def check_new_folder(path: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = ()) -> None:
+    """Refuse a place where `new_folder` could not write, or would remove what is read; commands ask before they work.
 
     Args:
         path: where the folder will stand.
-        overwrite: replace an existing, non-empty folder instead of refusing it.
+        overwrite: as in `new_folder`.
+        inputs: files and folders that are read; those that are not there are passed over.
 
     Raises:
-        UserError: `path` exists, is not empty, and `overwrite` is false.
+        UserError: `path` is a file, is not empty while `overwrite` is false, or is or holds an input or (given as a
+            relative path) the current folder.
     """
     path = Path(path)
+    place = path.resolve()
     if path.exists() and not path.is_dir():
         raise UserError(f"{path}: is a file, and a folder is to be written there")
     if path.exists() and any(path.iterdir()) and not overwrite:
         raise UserError(f"{path}: the folder is not empty; name another one or pass --overwrite")
+    for given in map(Path, inputs):
+        if given.exists() and place in _places(given):
+            raise UserError(f"{path}: is or holds {given}, which is read; name another folder")
+    # the shell that started this would be left in a folder that is no more
+    if not path.is_absolute() and place in _places(Path.cwd()):
+        raise UserError(
+            f"{path}: is or holds the current folder, which can't be replaced; name another folder"
+        )
+
+
+def _places(path: Path) -> set[Path]:
+    """A path and the folders that hold it: those it is reached by, and those it stands in once links are followed."""
+    path = path.absolute()
+    return {one.resolve() for one in (path, *path.parents)} | set(path.resolve().parents)
+
+
+@contextmanager
+def new_folder(
+    path: str | Path, *, overwrite: bool = False, inputs: Iterable[str | Path] = ()
+) -> Iterator[Path]:
+    """Yield a temporary folder beside `path` that becomes `path` when the block ends without an error.
+
+    Args:
+        path: where the folder will stand; where it is a link to a folder, that folder is replaced.
+        overwrite: replace an existing, non-empty folder instead of refusing it.
+        inputs: files and folders that are read and must not be replaced.
+
+    Raises:
+        UserError: as `check_new_folder`.
+    """
+    check_new_folder(path, overwrite=overwrite, inputs=inputs)
+    path = Path(path).resolve()
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = _beside(path)
     beside.mkdir()

@@ -11,9 +11,11 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModel, AutoModelForCausalLM
 
 from dsmoe import DSMoEForCausalLM, DSMoEModel
-from dsmoe.checkpoint import save_pretrained
+from dsmoe.checkpoint import save_checkpoint, save_pretrained
 from dsmoe.checkpoint.pretrained import load_pretrained
+from dsmoe.config.run import OptimSettings
 from dsmoe.errors import UserError
+from dsmoe.optim import build_optimizer
 
 IDS = torch.arange(1, 13).view(2, 6)
 MODELS = {
@@ -62,6 +64,21 @@ def test_disk_layout_and_way_back(tiny_model, overrides, tmp_path):
     base = AutoModel.from_pretrained(tmp_path / "model")
     assert isinstance(base, DSMoEModel)
     assert torch.equal(base(IDS).last_hidden_state, model.model(IDS).last_hidden_state)
+
+
+@pytest.mark.parametrize("umask", [0o022, 0o077])
+def test_the_umask_says_who_may_read_the_weights(tiny_model, tmp_path, umask):
+    model = tiny_model(dtype=torch.float32)
+    before = os.umask(umask)
+    try:
+        save_pretrained(model, tmp_path / "model", None)
+        optimizer, extra = build_optimizer(model, OptimSettings()), {"x": torch.ones(1)}
+        checkpoint = save_checkpoint(tmp_path, model, optimizer, {"step": 1}, extra, None, 1)
+    finally:
+        os.umask(before)
+    for folder in (tmp_path / "model", checkpoint):
+        found = {path.name: path.stat().st_mode & 0o777 for path in folder.iterdir()}
+        assert "model.safetensors" in found and set(found.values()) == {0o666 & ~umask}, found
 
 
 def test_twice_saved_is_the_same(tiny_model, tmp_path):
@@ -144,6 +161,24 @@ def test_weights_that_do_not_fit_are_refused(tiny_model, tmp_path, change):
     with pytest.raises(UserError) as caught:
         load_pretrained(tmp_path / "model", torch.float32)
     assert str(tmp_path / "model") in str(caught.value) and "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "expected"),
+    [
+        ("hidden_size", "big", "'hidden_size' expected int, got str (value: 'big')"),
+        ("hidden_size", 0, "model.hidden_size is 0; it must be at least 1"),
+        ("rope_parameters", {"rope_type": "default", "rope_theta": "far"}, "far"),
+    ],
+)
+def test_a_bad_field_of_the_config_is_named(tiny_model, tmp_path, field, value, expected):
+    save_pretrained(tiny_model(dtype=torch.float32), tmp_path / "model", None)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), field: value}), encoding="utf-8")
+    with pytest.raises(UserError) as caught:
+        load_pretrained(tmp_path / "model", torch.float32)
+    assert str(caught.value).startswith(f"{tmp_path / 'model'}: ") and expected in str(caught.value)
+    assert "\n" not in str(caught.value)
 
 
 def test_refusals(tiny_model, tmp_path):

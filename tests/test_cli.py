@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import urllib.error
 
 import pytest
 
 from dsmoe import cli
+from dsmoe.errors import run_reporting_errors
 
 
 @pytest.mark.parametrize("name", cli.COMMANDS)
@@ -67,3 +69,47 @@ def test_a_closed_pipe_is_no_error():
     with subprocess.Popen([sys.executable, "-c", program], **pipes) as process:
         process.stdout.close()
         assert process.stderr.read() == b"" and process.wait() == 141
+
+
+def raising(error):
+    def function():
+        raise error
+
+    return function
+
+
+def test_what_the_system_says_of_a_file_is_one_line(tmp_path, capsys):
+    file = tmp_path / "file"
+    file.write_text("")
+    for function, expected in (
+        (lambda: (file / "sub").mkdir(), f"error: {file / 'sub'}: Not a directory"),
+        ((tmp_path / "absent").read_text, f"error: {tmp_path / 'absent'}: No such file or directory"),
+        # of a renaming the place that the user named
+        (
+            lambda: file.rename(tmp_path / "a" / "b"),
+            f"error: {tmp_path / 'a' / 'b'}: No such file or directory",
+        ),
+    ):
+        assert run_reporting_errors(function) == 2
+        assert capsys.readouterr().err == f"{expected}\n"
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        ConnectionResetError(104, "Connection reset by peer"),
+        urllib.error.HTTPError("https://somewhere", 500, "broken", {}, None),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+def test_without_a_file_it_stays_a_traceback(error):
+    with pytest.raises(type(error)):
+        run_reporting_errors(raising(error))
+
+
+def test_an_output_that_cannot_be_made(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["plan", "--flops", "1e18", "--json", str(tmp_path / "file" / "x.json")]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line == f"error: {tmp_path / 'file'}: File exists"

@@ -1,13 +1,16 @@
 """Every configuration file that is shipped loads strictly through the trainer's parser, and its model builds."""
 
+import shlex
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
 
-from dsmoe import DSMoEForCausalLM
+from dsmoe import DSMoEForCausalLM, cli
 from dsmoe.accounting import total_parameters
+from dsmoe.data.command import recipe_from_args
+from dsmoe.data.recipe import check_recipe
 from dsmoe.trainer.command import parse
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
@@ -67,3 +70,21 @@ def test_a_resolved_config_resolves_to_itself(tmp_path):
     assert again == resolved
     assert second == first
     assert first.model_config().mlp_routing == [{"policy": "top_k", "k": 2}, {"policy": "top_k", "k": 3}]
+
+
+def readme_command(start):
+    """The words of the README's first command that starts so; its lines may end in a backslash."""
+    text = (CONFIGS.parent / "README.md").read_text(encoding="utf-8").replace("\\\n", " ")
+    line = next(line for line in text.splitlines() if line.startswith(start))
+    return shlex.split(line, comments=True)[len(start.split()) :]
+
+
+def test_the_readme_prepares_a_corpus_and_trains_on_it(monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    args = cli.build_parser("data").parse_args(["data", "prepare", *readme_command("dsmoe data prepare")])
+    recipe = recipe_from_args(args)
+    check_recipe(recipe)
+    run, _, _ = parse(readme_command("accelerate launch train/pretrain.py"))
+    assert run.data.path == str(args.output)
+    # as the trainer has it: an embedding for every entry of the tokenizer
+    assert run.model_config().vocab_size >= recipe.train_tokenizer

@@ -168,8 +168,11 @@ def test_other_inputs_are_refused(tmp_path, capsys):
     stock_model(tmp_path / "stock")
     assert split(tmp_path / "nowhere", "--num-experts", 8, "--output", tmp_path / "out") == 2
     assert "hf download" in capsys.readouterr().err
+    words = ("--num-experts", 8, "--assignment", "cluster", "--output", tmp_path / "out")
+    assert split(tmp_path / "stock", *words, "--seed", 99999999999999999999) == 2
+    assert "--seed 99999999999999999999: must be" in capsys.readouterr().err
     assert split(tmp_path / "stock", "--num-experts", 8, "--output", tmp_path / "stock", "--overwrite") == 2
-    assert "holds the checkpoint itself" in capsys.readouterr().err
+    assert "which is read" in capsys.readouterr().err
     assert split(tmp_path / "stock", "--num-experts", 8, "--output", tmp_path / "out") == 0
     assert split(tmp_path / "stock", "--num-experts", 8, "--output", tmp_path / "out") == 2
     assert "not empty" in capsys.readouterr().err
@@ -223,3 +226,13 @@ def test_planted_clusters_are_found():
         for seed in range(5)
     )
     assert best == 4
+
+
+@pytest.mark.parametrize("words", [[], ["--top-k", 2]])
+def test_a_twin_whose_config_speaks_of_a_router_of_two_layers(tmp_path, words):
+    torch.manual_seed(0)
+    settings = {"kind": "dense", "num_experts": 1, "router_type": "mlp", "router_hidden_size": 8}
+    save_pretrained(DSMoEForCausalLM(DSMoEConfig(**SIZES, **settings)), tmp_path / "dense", None)
+    assert split(tmp_path / "dense", "--num-experts", 4, "--output", tmp_path / "out", *words) == 0
+    model, _ = load_pretrained(tmp_path / "out", torch.float32)
+    assert (model.config.router_type, model.model.layers[0].mlp.router.weight.shape) == ("linear", (4, 24))

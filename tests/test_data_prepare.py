@@ -354,6 +354,8 @@ BAD = {
     "missing": (["--source", "{dir}/nowhere.jsonl"], "nowhere.jsonl: no such file or folder"),
     "format": (["--source", "{dir}/a.csv"], "a.csv: unknown file type; known are .jsonl"),
     "not json": (["--source", "{dir}/broken.jsonl"], "broken.jsonl:2: not a line of JSON"),
+    "brackets": (["--source", "{dir}/deep.jsonl"], "deep.jsonl:2: not a line of JSON"),
+    "digits": (["--source", "{dir}/long.jsonl"], "long.jsonl:1: not a line of JSON"),
     "not utf-8": (["--source", "{dir}/latin.jsonl"], "latin.jsonl:2: not UTF-8"),
     "field": (
         ["--source", "{dir}/a.jsonl", "--text-field", "txt"],
@@ -408,6 +410,8 @@ def test_bad_input_is_one_line(tmp_path, capsys, case):
     write_jsonl(tmp_path / "a.jsonl", documents(5))
     (tmp_path / "a.csv").write_text("text\nx\n")
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text": \n')
+    (tmp_path / "deep.jsonl").write_text('{"text": "a"}\n' + "[" * 100_000 + "\n")
+    (tmp_path / "long.jsonl").write_text('{"text": ' + "1" * 5_000 + "}\n")
     (tmp_path / "latin.jsonl").write_bytes(b'{"text": "a"}\n{"text": "\xe9"}\n')
     (tmp_path / "null.jsonl").write_text('{"text": null}\n')
     (tmp_path / "b.jsonl.gz").write_bytes(b"plain")
@@ -458,3 +462,23 @@ def test_every_recipe_of_the_repository_loads():
     assert recipes
     for path in recipes:
         check_recipe(read_recipe(path))
+
+
+def test_the_sources_are_not_replaced(tmp_path, capsys):
+    (tmp_path / "src" / "sub").mkdir(parents=True)
+    (tmp_path / "tok").mkdir()
+    file = write_jsonl(tmp_path / "src" / "books.jsonl.gz", documents(20))
+    write_jsonl(tmp_path / "src" / "sub" / "more.jsonl", documents(20, 1))
+    (tmp_path / "tok" / "tokenizer.json").write_text("{}")
+    tokenizer = ("--tokenizer", tmp_path / "tok" / "tokenizer.json")
+    before = sorted(tmp_path.rglob("*"))
+    for options, output in (
+        (("--source", file), tmp_path / "src"),
+        (("--source", tmp_path / "src"), tmp_path / "src"),
+        (("--source", tmp_path / "src"), tmp_path / "src" / "sub"),
+        (("--source", file, *tokenizer), tmp_path / "tok"),
+    ):
+        trained = () if tokenizer[0] in options else ("--train-tokenizer", 300)
+        assert prepare(*options, *trained, "--overwrite", output=output) == 2
+        assert "which is read" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before

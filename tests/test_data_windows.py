@@ -9,7 +9,7 @@ from test_data_loader import EOS, tokens_of, write_corpus
 
 from dsmoe.data.loader import evaluation_batches
 from dsmoe.data.tokenization import train_tokenizer
-from dsmoe.data.windows import text_batches
+from dsmoe.data.windows import shown_bytes_per_token, text_batches
 from dsmoe.errors import UserError
 
 
@@ -68,6 +68,33 @@ def test_max_tokens_takes_from_every_source(tmp_path):
     pairs = labelled(evaluation_batches(corpus, max_tokens=40, **options))
     assert pairs == expected(streams["a"][:30], streams["b"][:10])
     assert len(labelled(evaluation_batches(corpus, max_tokens=10_000, **options))) == 400
+
+
+@pytest.mark.parametrize("max_tokens", [60, 200, None])
+def test_bytes_of_the_part_that_is_shown(tmp_path, max_tokens):
+    # bytes a token vary from source to source and from part to part
+    sources = {"a": ["The cat sat. " * 9, "on a mat"] * 6, "b": ["xyzzy qwrt " * 5, "The cat sat. " * 40]}
+    tokenizer = train_tokenizer(["The cat sat. on the mat"] * 3, 280)
+    streams, texts = {}, {}
+    for name, documents in sources.items():
+        ids = tokenizer.backend_tokenizer.encode_batch(documents)
+        tokens = [token for encoding in ids for token in [*encoding.ids, tokenizer.eos_token_id]]
+        streams[name], texts[name] = {"validation": tokens}, "".join(documents)
+    corpus = write_corpus(tmp_path / "corpus", streams)
+    assert corpus.eos_token_id == tokenizer.eos_token_id
+    found = shown_bytes_per_token(corpus, tokenizer, split="validation", max_tokens=max_tokens)
+    if max_tokens is None:
+        assert found == corpus.bytes_per_token("validation")
+        return
+    batches = evaluation_batches(
+        corpus, split="validation", sequence_length=7, batch_size=2, max_tokens=max_tokens
+    )
+    labels = [label for _, label in labelled(batches)]
+    # in a byte-level vocabulary a token's name has one character a byte
+    sizes = [0 if label == EOS else len(tokenizer.convert_ids_to_tokens(label)) for label in labels]
+    assert found == pytest.approx(sum(sizes) / len(sizes), rel=1e-12)
+    whole = sum(map(len, texts.values())) / corpus.num_tokens("validation")
+    assert abs(found / whole - 1) > 0.01
 
 
 def test_unknown_split(tmp_path):

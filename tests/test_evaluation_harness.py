@@ -19,7 +19,7 @@ from dsmoe.data.benchmarks import write_benchmarks
 from dsmoe.data.tokenization import train_tokenizer
 from dsmoe.errors import UserError
 from dsmoe.evaluation import harness
-from dsmoe.evaluation.loading import check_path, load_model
+from dsmoe.evaluation.loading import load_model, model_path
 from dsmoe.model import DSMoEForCausalLM
 
 pytestmark = [
@@ -176,7 +176,7 @@ def test_errors(place, tmp_path):
         ("a/b/c", "no such"),
     ):
         with pytest.raises(UserError, match=message):
-            check_path(str(path))
+            model_path(str(path))
     with pytest.raises(UserError, match="must be one of float32"):
         load_model(place / "llama", dtype="float99")
     (tmp_path / "config.json").write_text(json.dumps({"model_type": "unheard"}), encoding="utf-8")

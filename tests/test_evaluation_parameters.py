@@ -6,6 +6,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, OlmoeConfig, OlmoeForCau
 
 from dsmoe import files
 from dsmoe.config import DSMoEConfig
+from dsmoe.errors import UserError
 from dsmoe.evaluation.parameters import describe_model
 from dsmoe.evaluation.speed import decode_tokens_per_second
 from dsmoe.model import DSMoEForCausalLM
@@ -62,6 +63,10 @@ def test_a_threshold_counts_only_where_it_was_measured(tmp_path):
     stale = {**measured, "policy": {**measured["policy"], "mlp": policies[::-1]}}
     files.write_json(tmp_path / "sparsity.json", stale)
     assert describe_model(tmp_path, model)["num_params_active"] is None
+    for damaged in ({}, [1], {"policy": 3}, {"policy": measured["policy"]}):
+        files.write_json(tmp_path / "sparsity.json", damaged)
+        with pytest.raises(UserError, match="not a report of dsmoe sparsify"):
+            describe_model(tmp_path, model)
 
 
 def test_other_architectures():

@@ -1,14 +1,19 @@
 """`eval/score.py`: the results file, resuming it, and the tables."""
 
 import json
+import math
+import shutil
 
 import pytest
+import torch
+from safetensors.torch import load_file, save_file
 from test_data_benchmarks import ROWS
 from test_data_loader import write_corpus
 from test_evaluation_harness import save_model
 from transformers import AutoTokenizer
 
 from dsmoe.data.benchmarks import write_benchmarks
+from dsmoe.data.corpus import TokenCorpus
 from dsmoe.data.loader import evaluation_batches
 from dsmoe.errors import UserError
 from dsmoe.evaluation import score
@@ -75,8 +80,6 @@ def test_two_models_from_end_to_end(place, capsys):
     out = capsys.readouterr().out
     assert "| ours " in out and "SciQ (val)" in out and "bits/byte" in out and "llama - ours" in out
 
-    from dsmoe.data.corpus import TokenCorpus
-
     corpus = TokenCorpus(place / "corpus")
     batches = evaluation_batches(corpus, split="validation", sequence_length=32, batch_size=1)
     loss = validation_loss(load_model(place / "twin", device="cpu").model, batches, 4.0)
@@ -127,6 +130,102 @@ def test_a_foreign_tokenizer_gets_no_validation_loss(place, capsys):
     (row,) = read(output)["models"]
     assert row["validation_loss"] is None and row["average"] is None and row["tasks"] == {}
     assert "another tokenizer" in capsys.readouterr().err
+
+
+def refused(capsys, place, *more):
+    """The one line of a command line that is refused."""
+    capsys.readouterr()
+    assert score.main([str(part) for part in ["--tasks", "none", "--device", "cpu", *more]]) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ")
+    return line
+
+
+def test_a_run_is_scored_by_its_final_model(place, tmp_path):
+    run = tmp_path / "pretrain"
+    save_model(run / "final", kind="dense", num_experts=1)
+    # the trainer's own config.json, which is no model's
+    (run / "config.json").write_text('{"name": "dsmoe"}', encoding="utf-8")
+    output = tmp_path / "results.json"
+    assert score.main(arguments(place, "--model", run, "--output", output)) == 0
+    (row,) = read(output)["models"]
+    assert (row["name"], row["path"], row["kind"]) == ("pretrain", str(run / "final"), "dense")
+    assert row["fingerprint"] == fingerprint(run / "final")
+
+
+def test_an_output_that_cannot_be_written_is_told_before_scoring(place, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(score, "score_one", None)
+    (tmp_path / "file").write_text("")
+    for output, message in (
+        (tmp_path / "file" / "o.json", "cannot be written (File exists)"),
+        (tmp_path, "is a folder"),
+        ("/proc/o.json", "cannot be written"),
+    ):
+        line = refused(capsys, place, "--model", place / "llama", "--output", output)
+        assert str(output) in line and message in line
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file"]
+
+
+@pytest.mark.parametrize("model", ["llama", "twin"])
+@pytest.mark.parametrize("change", ["missing", "cut short", "unexpected"])
+def test_weights_that_do_not_fit_are_not_scored(place, tmp_path, capsys, model, change):
+    """transformers draws what is missing at random and goes on."""
+    folder = tmp_path / "model"
+    shutil.copytree(place / model, folder)
+    weights = folder / "model.safetensors"
+    if change == "cut short":
+        weights.write_bytes(weights.read_bytes()[:1000])
+    else:
+        tensors = load_file(weights)
+        if change == "missing":
+            del tensors["model.layers.1.self_attn.q_proj.weight"]
+        else:
+            tensors["model.layers.2.mlp.router.weight"] = torch.ones(4, 16)
+        save_file(tensors, weights, metadata={"format": "pt"})
+    output = tmp_path / "results.json"
+    if (model, change) == ("llama", "unexpected"):  # as in models with heads for other tasks
+        assert score.main(["--model", str(folder), "--tasks", "none", "--output", str(output)]) == 0
+        return
+    line = refused(capsys, place, "--model", folder, "--output", output)
+    assert str(folder) in line and not output.exists()
+    assert change == "cut short" or f"({change} keys: model.layers." in line
+
+
+@pytest.mark.parametrize("model", ["llama", "twin"])
+def test_a_bad_field_of_the_config_is_named(place, tmp_path, capsys, model):
+    folder = tmp_path / "model"
+    shutil.copytree(place / model, folder)
+    config = {**read(folder / "config.json"), "hidden_size": "big"}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    line = refused(capsys, place, "--model", folder, "--output", tmp_path / "results.json")
+    assert str(folder) in line and "'hidden_size' expected int, got str (value: 'big')" in line
+
+
+@pytest.mark.parametrize("damaged", [[1], {}, {"settings": {}, "models": [3], "task_versions": {}}])
+@pytest.mark.parametrize("name", ["results.json", "results.questions.json"])
+def test_only_results_can_be_resumed(tmp_path, damaged, name):
+    row = {"name": "a", "path": "x/y", "fingerprint": None, "tasks": {}}
+    results = ResultsFile(tmp_path / "results.json", {}, {})
+    results.add(row, {"piqa": {"ids": "i", "acc": "1"}}, {})
+    assert ResultsFile(results.path, {}, {}, resume=True).has("a", "x/y")
+    (tmp_path / name).write_text(json.dumps(damaged), encoding="utf-8")
+    if name == results.path.name or damaged == [1]:
+        with pytest.raises(UserError, match=r"results\.json: not results of score\.py"):
+            ResultsFile(results.path, {}, {}, resume=True)
+    else:  # a model without outcomes is not finished
+        assert not ResultsFile(results.path, {}, {}, resume=True).has("a", "x/y")
+
+
+def test_bits_per_byte_of_a_part_of_the_split(place, tmp_path):
+    output = tmp_path / "results.json"
+    words = ["--model", place / "twin", "--tasks", "none", "--data", place / "corpus", "--data-tokens", 20]
+    assert score.main([str(word) for word in [*words, "--output", output]]) == 0
+    (row,) = read(output)["models"]
+    tokenizer = AutoTokenizer.from_pretrained(place / "corpus" / "tokenizer")
+    tokens = TokenCorpus(place / "corpus").stream("a", "validation").read(0, 20).tolist()
+    num_bytes = sum(map(len, tokenizer.convert_ids_to_tokens(tokens)))
+    assert row["validation_tokens"] == 20 and num_bytes != 4 * 20  # 4 is what the whole split claims
+    assert row["bits_per_byte"] == pytest.approx(20 * row["validation_loss"] / math.log(2) / num_bytes)
 
 
 def test_names_of_models(tmp_path):

@@ -240,7 +240,8 @@ def test_bfloat16_after_inexact_folding_is_noted(tmp_path, changed):
     # the product is taken in float32 and rounded once
     scale = original.config.mlp_gate_scale
     expected = (original.model.layers[1].mlp.experts.down_proj.transpose(1, 2) * scale).bfloat16().float()
-    assert torch.equal(native.model.layers[1].mlp.experts.down_proj, expected)
+    # without the padding
+    assert torch.equal(native.model.layers[1].mlp.experts.down_proj[..., :12], expected)
 
 
 def test_native_copy_keeps_every_policy(tmp_path):
@@ -333,8 +334,8 @@ def test_a_wrong_export_is_caught(tmp_path, monkeypatch, damage):
     correct = targets.target_model
 
     @torch.no_grad()
-    def damaged(*args):
-        made = correct(*args)
+    def damaged(*args, **options):
+        made = correct(*args, **options)
         experts = made.model.layers[1].mlp.experts
         if damage == "transposed":
             experts.down_proj.copy_(experts.down_proj.transpose(1, 2).clone())
@@ -354,7 +355,7 @@ def test_a_wrong_export_is_caught(tmp_path, monkeypatch, damage):
 def test_folders_are_protected(tmp_path):
     saved(tmp_path / "run" / "final", mlp_routing=top_k(2))
     for output in (tmp_path / "run" / "final", tmp_path / "run"):
-        with pytest.raises(UserError, match="holds the checkpoint itself"):
+        with pytest.raises(UserError, match="which is read"):
             export(tmp_path / "run", "olmoe", output, overwrite=True)
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "file").write_text("")
@@ -403,3 +404,54 @@ def test_generation_settings_are_carried_over(tmp_path):
     native = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
     assert native.generation_config.temperature == 0.7
     assert native.generation_config.eos_token_id == 0
+
+
+@pytest.mark.parametrize(
+    ("dtype", "width"), [("bfloat16", 4), ("bfloat16", 12), ("float32", 90), ("float32", 3)]
+)
+@pytest.mark.parametrize("target", ["olmoe", "qwen2moe"])
+def test_experts_are_padded_for_the_default_kernel(tmp_path, target, dtype, width):
+    original = saved(
+        tmp_path / "source", qk_norm=QK_NORM[target], intermediate_size=4 * width, mlp_routing=top_k(2)
+    )
+    report = export(tmp_path / "source", target, tmp_path / "out", dtype)
+    padded = -(-width // 8) * 8
+    assert any(f"from {width} to {padded} hidden units" in note for note in report["notes"])
+    native = AutoModelForCausalLM.from_pretrained(tmp_path / "out", dtype="auto").eval()
+    assert native.config._experts_implementation == "grouped_mm"
+    field = "intermediate_size" if target == "olmoe" else "moe_intermediate_size"
+    assert getattr(native.config, field) == padded
+    found = logits(native, tokens())  # did not run before
+    assert torch.isfinite(found).all()
+    weights = native.model.layers[1].mlp.experts
+    gate, up = weights.gate_up_proj.chunk(2, dim=1)
+    assert not any(part.any() for part in (gate[:, width:], up[:, width:], weights.down_proj[..., width:]))
+    # the function of the unpadded one: in float32, as the rounding of the weights is the same
+    rounded = original.to(native.dtype).float()
+    torch.testing.assert_close(
+        logits(native.float(), tokens()), logits(rounded, tokens()), atol=1e-5, rtol=1e-5
+    )
+
+
+def test_a_hidden_size_that_the_default_kernel_refuses_is_noted(tmp_path):
+    sizes = {"hidden_size": 36, "num_attention_heads": 2, "num_key_value_heads": 2}
+    saved(tmp_path / "source", mlp_routing=top_k(2), **sizes)
+    notes = {}
+    for dtype in ("bfloat16", "float32"):
+        report = export(tmp_path / "source", "olmoe", tmp_path / dtype, dtype)
+        notes[dtype] = [note for note in report["notes"] if "eager" in note]
+    assert len(notes["bfloat16"]) == 1 and "hidden_size 36" in notes["bfloat16"][0]
+    assert notes["float32"] == []
+
+
+def test_a_default_kernel_that_gives_other_logits_is_caught(tmp_path, monkeypatch):
+    from transformers.integrations import moe
+
+    saved(tmp_path / "source", mlp_routing=top_k(2))
+    grouped = moe.ALL_EXPERTS_FUNCTIONS["grouped_mm"]
+    monkeypatch.setitem(
+        moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "grouped_mm", lambda *args: grouped(*args) * 1.1
+    )
+    with pytest.raises(UserError, match="differs from the original"):
+        export(tmp_path / "source", "olmoe", tmp_path / "out")
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

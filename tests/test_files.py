@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dsmoe.errors import UserError
-from dsmoe.files import load_yaml, new_folder
+from dsmoe.files import check_new_folder, load_yaml, new_folder
 
 
 def test_yaml_with_anchors_and_merges_is_as_pyyaml_reads_it(tmp_path):
@@ -71,3 +71,44 @@ def test_a_folder_that_cannot_be_put_in_place_leaves_the_old_one(tmp_path, monke
     with new_folder(folder, overwrite=True) as beside:
         (beside / "new").touch()
     assert [path.name for path in tmp_path.rglob("*")] == ["folder", "new"]
+
+
+def test_a_folder_that_is_or_holds_what_is_read_is_not_replaced(tmp_path):
+    data, elsewhere = tmp_path / "parent" / "data", tmp_path / "elsewhere"
+    data.mkdir(parents=True)
+    elsewhere.mkdir()
+    (elsewhere / "text").touch()
+    (data / "link").symlink_to(elsewhere / "text")
+    (tmp_path / "alias").symlink_to(data)
+    # the folder itself, by another name, one that holds it, one that holds the link, one that holds its target
+    for output in (data, tmp_path / "alias", tmp_path / "parent" / ".." / "parent", data, elsewhere):
+        with (
+            pytest.raises(UserError, match="which is read"),
+            new_folder(output, overwrite=True, inputs=[data / "link"]),
+        ):
+            pass
+    assert (data / "link").exists()
+    # beside it, within it, and what is not there
+    check_new_folder(tmp_path / "other", inputs=[data / "link"])
+    check_new_folder(data / "new", inputs=[data])
+    check_new_folder(tmp_path / "missing", inputs=[tmp_path / "missing"])
+
+
+def test_a_link_to_a_folder_stays_one(tmp_path):
+    (tmp_path / "target").mkdir()
+    (tmp_path / "target" / "old").touch()
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    with new_folder(tmp_path / "link", overwrite=True) as beside:
+        (beside / "new").touch()
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "target"]
+    assert [path.name for path in (tmp_path / "target").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("output", [".", "..", "../current"])
+def test_the_current_folder_is_refused(tmp_path, monkeypatch, output):
+    (tmp_path / "current").mkdir()
+    monkeypatch.chdir(tmp_path / "current")
+    with pytest.raises(UserError, match="current folder"), new_folder(output, overwrite=True):
+        pass
+    assert (tmp_path / "current").is_dir()

@@ -68,6 +68,22 @@ def test_hardware_gives_memory_and_operations(plan):
     assert any("smaller of it and --memory" in note for note in content["assumptions"])
     _, out, _ = plan("--gpu", "rtx4090", "--flops", "1e20", "--json", "-")
     assert json.loads(out)["limits"]["memory_bytes"] == 24e9
+    assert (
+        json.loads(out)["limits"]["training_memory_bytes"] is None
+    )  # it serves; nothing is said of training
+
+
+def test_hardware_that_trains_limits_what_is_trained(plan):
+    """30 days of 8 H100 without that gave a model of 234B parameters, 3.7 TB in training, for 640 GB."""
+    words = ["--gpu", "h100:8", "--days", "30", "--json", "-"]
+    content = json.loads(plan(*words)[1])
+    assert content["limits"]["training_memory_bytes"] == 640e9
+    assert all(row["training_memory_bytes"] <= 640e9 for row in content["rows"])
+    assert any(note.startswith("training memory limit 640 GB") for note in content["assumptions"])
+    lifted = json.loads(plan(*words, "--training-memory", "100TB")[1])
+    assert lifted["limits"]["training_memory_bytes"] == 100e12
+    assert lifted["rows"][0]["training_memory_bytes"] > 640e9
+    assert not any("--training-memory sets" in note for note in lifted["assumptions"])
 
 
 def test_one_number_of_experts(plan):
@@ -91,13 +107,19 @@ def test_one_number_of_experts(plan):
         ("--flops 1e22 --gpu h100 --mfu 2 --days 1", "--mfu 2"),
         ("--flops 1e22 --days 3", "--days needs --gpu"),
         ("--gpu h100 --days 0", "--days 0"),
+        ("--gpu h100:8 --days inf", "--days inf"),
+        ("--gpu h100:8 --days nan", "--days nan"),
+        ("--gpu h100:8 --days 1e300", "--days 1e+300"),
         ("--flops 1e22 --dtype int3", "--dtype 'int3'"),
         ("--flops 1e22 --kv-dtype odd", "--kv-dtype 'odd'"),
         ("--flops 1e22 --num-experts 2.5", "--num-experts '2.5'"),
         ("--flops 1e22 --num-experts 3 --tabulated", "no entry for 3"),
         ("--flops 1e22 --law joint --tabulated", "two laws"),
         ("--flops 1e22 --eta 0", "--eta 0"),
+        ("--flops 1e22 --eta inf", "--eta inf"),
+        ("--flops 1e19 --total-params 1", "can't be built that small; the smallest, of d = 64, has 6.49M"),
         ("--flops 1e22 --active-share 1.5", "--active-share 1.5"),
+        ("--flops 1e22 --num-experts 1e300", "smoe with 1e+300 experts"),
         ("--flops 1e22 --kinds dense,moe", "--kinds 'moe'"),
         ("--flops 1e22 --kinds smoe --num-experts 1", "no candidate"),
         ("--flops 1e22 --row 9", "--row 9"),
@@ -129,8 +151,9 @@ def test_the_written_config_trains_what_was_planned(plan, tmp_path, kind):
     with torch.device("meta"):
         model = DSMoEForCausalLM(config)
     assert model.num_parameters() == total_parameters(config)
-    # the law counts neither norms nor routers
+    # the law counts neither norms nor routers, memory does
     assert model.num_parameters() == pytest.approx(row["num_params_total"], rel=0.003)
+    assert row["memory"]["weights"] == 2 * model.num_parameters()
     assert run.train.total_tokens == round(row["tokens"])
     assert run.tokens_per_step == row["batch_tokens"]
     assert run.train.global_batch_size % run.train.micro_batch_size == 0
@@ -139,6 +162,19 @@ def test_the_written_config_trains_what_was_planned(plan, tmp_path, kind):
     if kind == "smoe":
         assert config.routing("mlp", 0) == {"policy": "top_k", "k": 1}
         assert config.mlp_gate_scale == 1.0
+
+
+def test_a_config_of_a_tiny_budget_can_be_trained_and_says_what_was_changed(plan, tmp_path):
+    path = tmp_path / "plan.yaml"
+    status, out, _ = plan("--flops", "1e13", "--write-config", str(path))
+    assert status == 0
+    text = path.read_text(encoding="utf-8")
+    assert "# NOTE: learning rate clamped" in text and "# NOTE: batch reduced" in text
+    assert "learning rate clamped" in out and "batch reduced" in out
+    run, _, _ = parse(["--config", str(path), "--data.path", "somewhere"])
+    run.check()
+    assert run.optim.learning_rate < 0.01
+    assert run.train.total_tokens >= 100 * run.tokens_per_step
 
 
 def test_files_are_written(plan, tmp_path):

@@ -124,6 +124,7 @@ def test_missing_columns_name_the_known_ones(tmp_path):
         (["SOURCE", "--decide-flops", "-1"], "--decide-flops is -1"),
         (["SOURCE", "--where", "kind=none"], "no row fits --where"),
         (["SOURCE", "--bootstrap", "-3"], "--bootstrap is -3"),
+        (["SOURCE", "--seed", "-1"], "--seed is -1"),
         (["FOLDER"], "no summary.json in it or below"),
         (["SOURCE"], "can't determine"),
     ],
@@ -180,6 +181,7 @@ def test_run_folders_of_the_trainer(tmp_path):
     assert any("E = 2" in note for note in notes)
     assert fourth.num_params_active == count_parameters(newer, {"mlp": [1.0, 3.0]}).active
     assert third.num_params_active == third.num_params_total
+    assert [run.active_share for run in runs] == [0.5, None, None, 0.5]
 
 
 def test_the_results_of_a_study_give_the_runs_of_its_folders(tmp_path):
@@ -193,9 +195,35 @@ def test_the_results_of_a_study_give_the_runs_of_its_folders(tmp_path):
     path = tmp_path / "results.json"
     path.write_text(json.dumps({"name": "study", "runs": rows}))
     assert read_study(path) == read_folder(tmp_path / "runs")
+    path.write_text(json.dumps({"runs": [{**rows[0], "model": 3}]}))
+    with pytest.raises(UserError, match=r"results\.json: model is 3"):
+        read_study(path)
     path.write_text(json.dumps({"rows": []}))
     with pytest.raises(UserError, match="no entry 'runs'"):
         read_study(path)
+
+
+@pytest.mark.parametrize("name", ["runs.csv", "runs.csv.gz"])
+def test_a_byte_order_mark_is_not_part_of_a_column(tmp_path, name):
+    """As Excel writes CSV: the mark became part of `kind`, and DS-MoEs were fitted as SMoEs."""
+    rows = [("dense", 1, 1e8, 1e8, 1e9, 3.0, "a", 0), ("dsmoe", 16, 5e7, 1e8, 1e9, 3.1, "b", 0)]
+    path = write_csv(tmp_path / name, rows)
+    plain, _ = read_table(path)
+    marked = write_csv(tmp_path / f"marked-{name}", rows, ("\ufeffkind", *HEADER[1:]))
+    assert read_table(marked)[0] == plain
+    assert [run.kind for run in plain] == ["dense", "dsmoe"]
+
+
+def test_a_kind_that_is_misnamed_or_missing_is_not_passed_over(tmp_path, capsys):
+    path = write_csv(tmp_path / "runs.csv", [("dsmoe", 16, 5e7, 1e8, 1e9, 3.1)], (" Kind", *HEADER[1:6]))
+    with pytest.raises(UserError, match="column ' Kind' must be named 'kind'"):
+        read_table(path)
+    path = write_csv(tmp_path / "bare.csv", [(1e7, 1e9, 3.1)], ("num_params_active", "tokens", "loss"))
+    assert read_table(path)[1] == ["bare.csv has neither kind nor num_experts: all its runs count as dense"]
+    path = write_csv(tmp_path / "sweep.csv", [row[1:] for row in as_rows(sweep())], HEADER[1:])
+    assert fit(path, "--dsmoe-form", "eta") == 2
+    error = capsys.readouterr().err
+    assert "no run is a DS-MoE, their kinds are dense, smoe" in error and error.count("\n") == 1
 
 
 @pytest.mark.parametrize(
@@ -204,6 +232,11 @@ def test_the_results_of_a_study_give_the_runs_of_its_folders(tmp_path):
         (lambda s: s.pop("tokens"), "no entry tokens"),
         (lambda s: s.pop("config"), "no entry config"),
         (lambda s: s["config"]["model"].pop("vocab_size"), "config.model has no 'vocab_size'"),
+        (lambda s: s["config"].update(model=3), "model is 3; it must be the model's configuration"),
+        (lambda s: s["config"]["model"].update(hidden_size="wide"), "of run 'run' can't be counted"),
+        (lambda s: s["config"]["model"].update(num_attention_heads=0), "of run 'run' can't be counted"),
+        (lambda s: s["config"]["model"].update(qk_norm="some"), "of run 'run' can't be counted"),
+        (lambda s: s.update(seed=None), "seed is None; it must be a whole number"),
         (lambda s: s.update(validation_loss=None), "validation_loss is None"),
         (lambda s: s.update(validation_loss=-1.0), "loss is -1"),
     ],

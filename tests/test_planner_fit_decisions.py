@@ -1,6 +1,7 @@
 """Identification, bootstrap intervals and decisions."""
 
 import dataclasses
+import json
 
 import numpy as np
 import pytest
@@ -14,7 +15,8 @@ from dsmoe.planner.fit.decisions import optimum
 from dsmoe.planner.fit.fitting import Settings
 from dsmoe.planner.fit.report import as_json, human_report
 from dsmoe.planner.fit.structure import choose_structure
-from dsmoe.planner.laws import COEFFICIENTS, PUBLISHED_JOINT
+from dsmoe.planner.lawfile import read_law
+from dsmoe.planner.laws import COEFFICIENTS, PUBLISHED_JOINT, TIE_BAND
 
 TRUTH = {name: np.array([getattr(PUBLISHED_JOINT, name)]) for name in COEFFICIENTS}
 
@@ -171,6 +173,47 @@ def test_json_has_what_others_read():
     assert low <= decision["options"][0]["tokens"]["value"] <= high
     text = human_report(content)
     assert "e_max" in text and "1e+20 training FLOPs" in text
+
+
+def test_without_a_bootstrap_nothing_is_said_of_certainty():
+    content = as_json(fit_law(sweep(0.006, 0, 4, 4), Settings(draws=0, hold_out=0.0)), [1e20])
+    (decision,) = content["decisions"]
+    assert decision["best"]["share_best"] is None
+    for option in decision["options"]:
+        assert option["share_best"] is None
+        assert [option[name]["interval"] for name in ("num_params_active", "tokens", "loss")] == [None] * 3
+        assert option["loss"]["value"] > 0
+    assert all(entry["interval"] is None for entry in content["coefficients"].values())
+    rows = [line for line in human_report(content).splitlines() if line.startswith("| smoe")]
+    assert rows and all("%" not in row and "[" not in row for row in rows)
+    assert interval(np.array([3.0])) is None  # one draw has no width
+
+
+def test_ties_are_judged_as_the_planner_judges_them(tmp_path):
+    fit = fit_law(sweep(0.03, 0, 4, 4), Settings(draws=0, hold_out=0.0))
+    content = as_json(fit, [1e20])
+    path = tmp_path / "law.json"
+    path.write_text(json.dumps(content), encoding="utf-8")
+    band = read_law(path).tie_band
+    assert band == fit.rmse_train > 2 * TIE_BAND
+    options = content["decisions"][0]["options"]
+    assert all(option["tie"] == (option["loss_gap"] <= band) for option in options)
+    assert any(TIE_BAND < option["loss_gap"] <= band for option in options)
+
+
+def test_the_range_tells_the_active_shares_of_ds_moes_where_all_know_it():
+    runs = sweep(0.0, 0, 4, 3)
+    dense = [run for run in runs if run.num_experts == 1]
+    some = [
+        dataclasses.replace(run, kind="dsmoe", num_experts=16, active_share=share)
+        for run, share in zip(dense, (0.31, 0.35, 0.33))
+    ]
+    fitted = fit_law(runs + some, Settings(draws=0, hold_out=0.0))
+    assert as_json(fitted)["range"]["dsmoe_active_share"] == [0.31, 0.35]
+    unknown = dataclasses.replace(
+        fitted, runs=(*runs, *some[1:], dataclasses.replace(some[0], active_share=None))
+    )
+    assert "dsmoe_active_share" not in as_json(unknown)["range"]
 
 
 def test_what_the_design_leaves_open_is_fixed_and_said():

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 
@@ -10,8 +11,11 @@ from dsmoe.planner import Family, Limits, candidate_families, make_plan
 from dsmoe.planner.lawfile import published, read_law
 from dsmoe.planner.laws import PUBLISHED_JOINT, PUBLISHED_TABULATED, JointLaw
 from dsmoe.planner.memory import Serving
-from dsmoe.planner.recipe import batch_tokens, learning_rate
+from dsmoe.planner.recipe import batch_tokens, learning_rate, recipe_notes
+from dsmoe.planner.stability import MOST_DRAWS
 from dsmoe.planner.table import human_table
+
+ROOT = Path(__file__).resolve().parents[1]
 
 ISSUE_NAMES = (
     "kind", "num_experts", "hidden_size", "num_layers", "num_params_active", "num_params_total", "tokens", "loss",
@@ -63,8 +67,10 @@ def test_rows_hold_the_names_that_other_tools_rely_on():
         assert row["num_layers"] == row["num_heads"] == row["hidden_size"] // 64
         assert row["num_params_total"] == round(family.num_params_total(row["hidden_size"]))
         assert row["memory_bytes"] == sum(row["memory"].values()) <= 24e9
-        assert row["memory"]["weights"] == pytest.approx(2 * row["num_params_total"])
-        assert row["training_memory_bytes"] == pytest.approx(16 * row["num_params_total"])
+        stored = family.num_params_stored(row["hidden_size"])
+        assert stored == pytest.approx(row["num_params_total"], rel=0.01)
+        assert row["memory"]["weights"] == 2 * stored
+        assert row["training_memory_bytes"] == 16 * stored
         assert row["training_flops"] + row["inference_flops"] == pytest.approx(1e22)
         assert row["loss_gap"] == row["loss"] - content["rows"][0]["loss"]
         assert row["tie"] == (row["loss_gap"] <= 0.006)
@@ -88,6 +94,32 @@ def test_extrapolation_is_marked_by_what_is_out_of_range():
     assert "extrapolated" in human_table(plan)
 
 
+def test_experts_of_a_ds_moe_have_a_range_of_their_own(law_file):
+    """The law of DS-MoEs was fitted at 16 experts; that of SMoEs from 1 to 8."""
+    path = law_file("joint_dsmoe", eta=0.8)
+    content = json.loads(path.read_text(encoding="utf-8"))
+    content["range"]["dsmoe_num_experts"] = [16, 16]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    law = read_law(path)
+    found = {count: law.beyond_range(Family("dsmoe", count, 0.33), 512, 1e9) for count in (8, 16, 32)}
+    assert found == {
+        8: ["dsmoe_num_experts 8 outside 16 to 16"],
+        16: [],
+        32: ["dsmoe_num_experts 32 outside 16 to 16"],
+    }
+    assert law.beyond_range(Family("smoe", 8), 512, 1e9) == []
+    # no runs stand behind an eta that the user sets: the row is marked as assumed
+    assert law.with_eta(0.9).beyond_range(Family("dsmoe", 32, 0.33), 512, 1e9) == []
+    # the share that runs has a range too, where the law's runs told it
+    content["range"]["dsmoe_active_share"] = [0.32, 0.36]
+    path.write_text(json.dumps(content), encoding="utf-8")
+    law = read_law(path)
+    shares = {share: law.beyond_range(Family("dsmoe", 16, share), 512, 1e9) for share in (0.07, 0.3, 0.33)}
+    assert shares == {0.07: ["dsmoe_active_share 0.07 outside 0.32 to 0.36"], 0.3: [], 0.33: []}
+    unknown = read_law(law_file("joint_dsmoe", eta=0.8)).beyond_range(Family("dsmoe", 16, 0.33), 512, 1e9)
+    assert unknown == ["dsmoe_num_experts: the law file does not say its range"]
+
+
 def test_learning_rate_and_batch():
     family = Family("smoe", 8)
     # 13 L d^2 active parameters of a 1024 x 16 model
@@ -96,6 +128,23 @@ def test_learning_rate_and_batch():
     )
     assert learning_rate(Family("dsmoe", 32, 0.3), 1024) == learning_rate(Family("dense"), 1024)
     assert [batch_tokens(tokens) for tokens in (1e8, 2.6e9, 1e13)] == [2**16, 2**17, 2**18]
+    assert recipe_notes(family, 1024, 1e8) == []
+
+
+def test_the_recipe_stays_within_the_runs_of_its_rules():
+    """The rule alone gives 0.65 at d = 64, and 64K tokens a batch are four steps of a quarter million tokens."""
+    dense = Family("dense")
+    ends = [4402.8 * size**-0.81 for size in (1e7, 2.7e9)]
+    assert learning_rate(dense, 64) == pytest.approx(ends[0], rel=1e-3) == pytest.approx(0.0094, abs=1e-4)
+    assert learning_rate(dense, 8192) == pytest.approx(ends[1], rel=1e-3)
+    assert learning_rate(Family("smoe", 64), 1024) == learning_rate(Family("smoe", 32), 1024)
+    for family, size in ((dense, 64), (dense, 8192), (Family("smoe", 64), 1024)):
+        assert "learning rate clamped" in recipe_notes(family, size, 1e9)[0]
+    for tokens in (2.5e5, 1e6, 6e6, 1e7, 1e8):
+        assert tokens / batch_tokens(tokens) >= 100
+        assert any("batch reduced" in note for note in recipe_notes(dense, 1024, tokens)) == (tokens < 6.5e6)
+    assert batch_tokens(1e4) == 2048  # one sequence
+    assert any("fewer than 100 steps" in note for note in recipe_notes(dense, 1024, 1e4))
 
 
 def test_impossible_candidates_are_listed_with_the_reason():
@@ -207,6 +256,22 @@ def test_bootstrap_draws_give_intervals_and_the_stability_of_the_decision(law_fi
     assert "best or tied" in human_table(plan)
 
 
+def test_the_stability_speaks_of_shapes_that_can_be_built():
+    """A law of tiny models puts the optimum below d = 64: all rows are d = 64, and there the draws compare them too."""
+    law = read_law(ROOT / "eval" / "records" / "scaling-law" / "law.json")
+    rows = plan_with(law, flops=1e13).rows
+    assert all(row.fields["hidden_size"] == 64 and row.continuous.hidden_size < 64 for row in rows)
+    sizes = [(row.family.num_params_trained(64), row.real.tokens) for row in rows]
+    tied = [0] * len(rows)
+    for draw in law.draws[:MOST_DRAWS]:
+        losses = [draw.sized_loss(row.family)(*size) for row, size in zip(rows, sizes)]
+        tied = [count + (loss <= min(losses) + law.tie_band) for count, loss in zip(tied, losses)]
+    assert [row.fields["best_or_tied_share"] for row in rows] == [
+        count / len(law.draws[:MOST_DRAWS]) for count in tied
+    ]
+    assert rows[0].fields["best_or_tied_share"] > 0.5  # 0.12 when the draws took shapes that can't be built
+
+
 @pytest.mark.parametrize(
     ("text", "words"),
     [
@@ -223,6 +288,38 @@ def test_bad_law_files(tmp_path, text, words):
     with pytest.raises(UserError, match=words) as caught:
         read_law(path)
     assert str(path) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"bootstrap": 3}, "bootstrap must be a list of draws"),
+        ({"bootstrap": [3]}, "bootstrap must be a list of draws"),
+        ({"bootstrap": [{}, {"alpha": "steep"}]}, r"bootstrap\[1\].alpha is 'steep'"),
+        ({"bootstrap": [{"alpha": 0.5}]}, r"bootstrap\[0\]: this law's loss does not fall"),
+        ({"rmse_train": "small"}, "rmse_train is 'small'"),
+        ({"rmse_train": -1}, "rmse_train is -1"),
+        ({"range": 5}, "range is 5"),
+        ({"range": {"num_experts": 8}}, "range.num_experts is 8"),
+        ({"range": {"num_experts": [1, None]}}, "range.num_experts is"),
+        ({"coefficients": {"eta": "good"}}, "eta is 'good'"),
+        ({"coefficients": {"eta": 0}}, "eta is 0"),
+        ({"coefficients": {"kappa": float("nan")}}, "kappa is nan"),
+        ({"coefficients": {"e_start": 0}}, "e_start is 0 and e_max 290"),
+        ({"coefficients": {"e_start": 400}}, "e_start is 400 and e_max 290"),
+        ({"coefficients": {"alpha": {}}}, "alpha is None"),
+        ({"coefficients": {"c": float("inf")}}, "c is inf"),
+    ],
+)
+def test_bad_fields_of_a_law_file_are_named(law_file, changes, words):
+    path = law_file()
+    content = json.loads(path.read_text(encoding="utf-8"))
+    changes = dict(changes)
+    content["coefficients"].update(changes.pop("coefficients", {}))
+    path.write_text(json.dumps({**content, **changes}), encoding="utf-8")
+    with pytest.raises(UserError, match=words) as caught:
+        read_law(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
 def test_a_law_without_a_slope_is_refused(law_file):

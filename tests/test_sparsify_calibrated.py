@@ -256,3 +256,21 @@ def test_seeds_draw_other_documents(folder):
     texts = [sample_documents(folder / "text.jsonl", tokenizer, 300, 24, 4, seed) for seed in (0, 0, 1)]
     prints = [text.description["fingerprint"] for text in texts]
     assert prints[0] == prints[1] != prints[2]
+
+
+def test_one_document_gives_no_standard_error(folder, tmp_path, capsys):
+    (tmp_path / "one.jsonl").write_text((folder / "text.jsonl").read_text().splitlines()[0])
+    words = ["--calibration", str(tmp_path / "one.jsonl"), "--sequence-length", "24"]
+    command = ["sparsify", str(folder / "model"), "--output", str(tmp_path / "sparse"), *words]
+    assert main([*command, "--max-loss-increase", "5%"]) == 2
+    assert "single document" in capsys.readouterr().err
+    assert not (tmp_path / "sparse").exists()
+    # a share needs none; the report says so in JSON that any reader takes
+    assert main([*command, "--target-active", "0.5", "--family", "global_threshold"]) == 0
+    assert "single document" in capsys.readouterr().out
+
+    def refuse(word):
+        raise AssertionError(f"{word} is no JSON")
+
+    report = json.loads((tmp_path / "sparse" / "sparsity.json").read_text(), parse_constant=refuse)
+    assert report["calibration"]["standard_error"] is None

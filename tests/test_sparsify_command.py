@@ -155,6 +155,28 @@ def test_attention_experts_follow_the_threshold_and_stay_whole_under_top_k(folde
         (["--policy", "threshold", "--target-active", "0.01", "--text", "TEXT"], ["0.01"]),
         (["--policy", "threshold", "--threshold", "nan", "--text", "TEXT"], ["nan"]),
         (["--policy", "top_k", "--k", "2", "--text", "missing.jsonl"], ["missing.jsonl"]),
+        (["--target-active", "0.5", "--text", "TEXT", "--seed", "-1"], ["--seed -1"]),
+        (["--max-flops-per-token", "nan", "--text", "TEXT"], ["--max-flops-per-token nan"]),
+        (["--max-flops-per-token", "inf", "--text", "TEXT"], ["--max-flops-per-token inf"]),
+        (["--target-active", "0.5", "--text", "TEXT", "--sequence-length", "4096"], ["4096", "at most"]),
+        # nothing is passed over
+        (["--policy", "top_k", "--k", "2", "--threshold", "0.4"], ["--threshold 0.4", "'top_k'"]),
+        (["--policy", "top_k", "--k", "2", "--target-active", "0.4"], ["--target-active 0.4", "'top_k'"]),
+        (["--policy", "dense", "--k", "2,3"], ["--k 2,3", "'dense'", "with top_k"]),
+        (["--policy", "threshold_top_k", "--threshold", "0.5", "--k", "2", "--text", "TEXT"], ["--k 2"]),
+        (
+            ["--policy", "threshold", "--threshold", "0.5", "--top-p", "0.5", "--text", "TEXT"],
+            ["--top-p 0.5"],
+        ),
+        (
+            ["--policy", "threshold", "--threshold", "0.5", "--target-active", "0.5", "--text", "TEXT"],
+            ["--threshold 0.5", "--target-active 0.5"],
+        ),
+        (["--policy", "top_k", "--k", "2", "--attention-k", "2"], ["--attention-k 2", "'dense'"]),
+        (
+            ["--policy", "threshold", "--threshold", "0.5", "--attention-threshold", "1", "--text", "TEXT"],
+            ["--attention-threshold 1", "no attention experts"],
+        ),
     ],
 )
 def test_bad_requests_get_one_line_and_write_nothing(folders, tmp_path, capsys, args, words):
@@ -203,3 +225,84 @@ def test_a_checkpoint_with_missing_weights_is_refused(folders, tmp_path, capsys)
     assert status == 2
     assert "model.layers.1.mlp.router.weight" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
+
+
+def test_what_is_read_is_not_replaced(folders, tmp_path, capsys):
+    shutil.copytree(folders / "mlp", tmp_path / "parent" / "run" / "final")
+    shutil.copy(folders / "text.jsonl", tmp_path / "parent" / "text.jsonl")
+    (tmp_path / "texts").mkdir()
+    shutil.copy(folders / "text.jsonl", tmp_path / "texts")
+    run, text = tmp_path / "parent" / "run", tmp_path / "texts" / "text.jsonl"
+    before = sorted(tmp_path.rglob("*"))
+    for output in (run, run / "final", tmp_path / "parent", tmp_path / "texts"):
+        words = ["--policy", "top_k", "--k", "2", "--text", str(text), "--output", str(output), "--overwrite"]
+        assert main(["sparsify", str(run), *words]) == 2
+        assert "which is read" in capsys.readouterr().err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+GOALS = (["--target-active", "0.5"], ["--policy", "threshold", "--threshold", "0.9"])
+
+
+@pytest.mark.parametrize("goal", GOALS)
+def test_blank_documents_are_no_text(folders, tmp_path, capsys, goal):
+    blank = tmp_path / "blank.jsonl"
+    blank.write_text('{"text": ""}\n{"text": " \\n"}\n')
+    (tmp_path / "empty.txt").touch()
+    for file in (blank, tmp_path / "empty.txt"):
+        status, output = sparsify(folders, tmp_path, *goal, "--text", str(file))
+        assert status == 2
+        assert "no text to calibrate on" in capsys.readouterr().err
+        assert not output.exists()
+
+
+def test_blank_documents_change_nothing(folders, tmp_path):
+    text = (folders / "text.jsonl").read_text()
+    (tmp_path / "more.jsonl").write_text('{"text": "  "}\n' + text + '\n{"text": ""}\n')
+    reports = []
+    for file in (folders / "text.jsonl", tmp_path / "more.jsonl"):
+        _, output = sparsify(folders, tmp_path / file.stem, *GOALS[1], "--text", str(file))
+        reports.append(json.loads((output / "sparsity.json").read_text()))
+    assert reports[0] == reports[1]
+
+
+def test_attention_experts_follow_a_target_with_a_threshold_of_their_own(folders, tmp_path):
+    text = ["--text", str(folders / "text.jsonl"), "--sequence-length", "32"]
+    words = ["--policy", "threshold", "--target-active", "0.5", *text]
+    _, output = sparsify(folders, tmp_path, *words, checkpoint="moa")
+    report = json.loads((output / "sparsity.json").read_text())
+    for part, experts in (("mlp", 8), ("attention", 4)):
+        mean = sum(row[part]["mean"] for row in report["per_layer"]) / 2
+        assert mean / experts == pytest.approx(0.5, abs=0.03)
+
+
+def test_attention_experts_take_the_shared_threshold_beside_another_policy(folders, tmp_path):
+    words = ["--policy", "top_k", "--k", "2", "--attention-policy", "threshold", "--threshold", "0.7"]
+    text = ["--text", str(folders / "text.jsonl")]
+    status, output = sparsify(folders, tmp_path, *words, *text, checkpoint="moa")
+    assert status == 0
+    routing = json.loads((output / "config.json").read_text())["attention_routing"]
+    assert routing == [{"policy": "threshold", "threshold": 0.7}] * 2
+
+
+@pytest.mark.parametrize("goal", GOALS)
+@pytest.mark.parametrize("damage", ["missing", "damaged"])
+def test_a_tokenizer_that_cannot_be_used_is_one_line(folders, tmp_path, capsys, damage, goal):
+    shutil.copytree(folders / "mlp", tmp_path / "model")
+    if damage == "missing":
+        for file in tmp_path.glob("model/*token*"):
+            file.unlink()
+    else:
+        (tmp_path / "model" / "tokenizer.json").write_text("{")
+    words = [*goal, "--text", str(folders / "text.jsonl"), "--output", str(tmp_path / "sparse")]
+    assert main(["sparsify", str(tmp_path / "model"), *words]) == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith(f"error: {tmp_path / 'model'}: the") and "tokenizer" in error
+    assert not (tmp_path / "sparse").exists()
+
+
+def test_windows_are_no_longer_than_the_model_takes(folders, tmp_path):
+    save_pretrained(make_model(max_position_embeddings=40), tmp_path / "short", folders / "tokenizer")
+    words = ["--policy", "top_k", "--k", "2", "--output", str(tmp_path / "sparse")]
+    assert main(["sparsify", str(tmp_path / "short"), *words]) == 0
+    assert json.loads((tmp_path / "sparse" / "sparsity.json").read_text())["context_length"] == 40

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 from dsmoe.checkpoint.diskfull import told_when_full
 from dsmoe.checkpoint.manifest import write_manifest
 from dsmoe.checkpoint.newest import point_to
-from dsmoe.checkpoint.pretrained import load_pretrained, write_pretrained
+from dsmoe.checkpoint.pretrained import let_others_read, load_pretrained, write_pretrained
 from dsmoe.checkpoint.retention import keep_newest
 from dsmoe.errors import UserError
 from dsmoe.files import new_folder, read_json, write_json
@@ -70,6 +70,7 @@ def save_checkpoint(
             )
             save_file(extra, beside / "extra.safetensors")
             write_json(beside / "state.json", state)
+            let_others_read(beside, beside / "state.json")
             write_manifest(beside)
         point_to(path)
     keep_newest(run_dir, path, keep_last)

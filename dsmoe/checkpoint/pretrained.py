@@ -1,6 +1,8 @@
 """A model folder that transformers loads: weights, config, tokenizer and a shim for stock tools."""
 
 import shutil
+from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +67,7 @@ def write_pretrained(
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+    let_others_read(folder, folder / "config.json")
     if shim:
         write_text(folder / SHIM_NAME, SHIM)
         config = read_json(folder / "config.json")
@@ -73,6 +76,17 @@ def write_pretrained(
         for name in TOKENIZER_FILES:
             if (tokenizer_dir / name).exists():
                 shutil.copy(tokenizer_dir / name, folder / name)
+
+
+def let_others_read(folder: Path, like: Path) -> None:
+    """Give a folder's weights the mode of the file `like`, which follows the umask.
+
+    safetensors makes its files readable by their owner alone. The umask itself can't be read without changing it for
+    all threads.
+    """
+    for weights in folder.glob("*.safetensors"):
+        with suppress(OSError):  # a file system that has no modes
+            shutil.copymode(like, weights)
 
 
 def save_pretrained(
@@ -98,19 +112,30 @@ def model_folder(path: str | Path) -> Path:
     Raises:
         UserError: no model there, or one of another architecture.
     """
-    folder = Path(path)
-    if not (folder / "config.json").exists() and (folder / "final" / "config.json").exists():
-        folder = folder / "final"
+    folder = final_of_run(Path(path))
     if not (folder / "config.json").exists():
         raise UserError(f"{path}: no model folder (config.json is missing)")
-    config = read_json(folder / "config.json")
-    if not isinstance(config, dict) or config.get("model_type") != DSMoEConfig.model_type:
-        found = config.get("model_type") if isinstance(config, dict) else None
-        # the folder of a run holds a config.json of the run, and the model in final/
-        if (folder / "final").is_dir():
-            return model_folder(folder / "final")
+    found = _model_type(folder)
+    if found != DSMoEConfig.model_type:
         raise UserError(f"{folder}: model_type is {found!r}; a 'dsmoe' model is needed")
     return folder
+
+
+def final_of_run(folder: Path) -> Path:
+    """`final/` of the folder of a run, which has no model of its own; any other folder itself."""
+    final = folder / "final"
+    # the folder of a run may hold a config.json, which is the run's
+    if (final / "config.json").exists() and _model_type(folder) is None:
+        return final
+    return folder
+
+
+def _model_type(folder: Path) -> Any:
+    """What config.json says; None: no such file, or not a model's."""
+    if not (folder / "config.json").exists():
+        return None
+    config = read_json(folder / "config.json")
+    return config.get("model_type") if isinstance(config, dict) else None
 
 
 def load_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[DSMoEForCausalLM, Path]:
@@ -135,16 +160,30 @@ def load_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[DSMoEForCausa
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
         model, loading = loaded
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{folder}: the model can't be read ({str(error).splitlines()[0]})") from None
+    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: the model can't be read ({reason})") from None
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
-    # transformers only warns, and draws what is missing at random
-    for problem in ("missing_keys", "unexpected_keys", "mismatched_keys"):
+    check_weights(folder, loading)
+    return model.eval(), folder
+
+
+def check_weights(path: str | Path, loading: Mapping[str, Any], *, unexpected: bool = True) -> None:
+    """Refuse weights that don't fit the model: transformers only warns, and draws what is missing at random.
+
+    Args:
+        path: the model's folder or Hub id.
+        loading: the loading info of `from_pretrained`; it counts no tied weight as missing.
+        unexpected: refuse weights that the model has no place for, too.
+
+    Raises:
+        UserError: they don't fit.
+    """
+    for problem in ("missing_keys", "mismatched_keys", *(["unexpected_keys"] if unexpected else [])):
         if loading.get(problem):
             name = sorted(map(str, loading[problem]))[0]
             raise UserError(
-                f"{folder}: the weights don't fit config.json ({problem.replace('_', ' ')}: {name} ...)"
+                f"{path}: the weights don't fit config.json ({problem.replace('_', ' ')}: {name} ...)"
             )
-    return model.eval(), folder

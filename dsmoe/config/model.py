@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from huggingface_hub.dataclasses import strict
+from huggingface_hub.errors import StrictDataclassError
 from transformers import PreTrainedConfig
 
 from dsmoe.config.kept import kept_per_layer
@@ -107,6 +108,14 @@ class DSMoEConfig(PreTrainedConfig):
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+
+    @classmethod
+    def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
+        """A config from what a config.json holds; UserError names a field of the wrong type."""
+        try:
+            return super().from_dict(config_dict, **kwargs)
+        except StrictDataclassError as error:
+            raise UserError(f"config.json: {error.__cause__ or error}") from None
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Derive what is null and check the whole."""

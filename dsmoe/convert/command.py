@@ -12,6 +12,7 @@ from dsmoe.convert.split import split_dense
 from dsmoe.convert.stock import load_dense
 from dsmoe.errors import UserError
 from dsmoe.export.check import EXACT, check_tokens, compare, outputs_of
+from dsmoe.files import check_new_folder
 
 EPILOG = """What comes out is the start of a training with the MI loss, not yet a model to sparsify: its routers are zero
 and sharpen slowly. A coefficient that is enough from scratch (1e-3 to 3e-3) leaves them even; 3e-2 was the best of four
@@ -61,11 +62,13 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Split as the arguments say; raises UserError on bad input, before the folder appears."""
     output: Path = args.output
-    if output.is_dir() and any(output.iterdir()) and not args.overwrite:
-        raise UserError(f"{output}: the folder is not empty; name another one or pass --overwrite")
+    # what torch's generators take, with a layer's number added
+    if not 0 <= args.seed < 2**63:
+        raise UserError(f"--seed {args.seed}: must be from 0 to 2^63 - 1")
+    # the model of a run's folder is in final/
+    inputs = (args.checkpoint, args.checkpoint / "final")
+    check_new_folder(output, overwrite=args.overwrite, inputs=inputs)
     model, folder, dtype = load_dense(args.checkpoint)
-    if output.resolve() in (folder.resolve(), *folder.resolve().parents):
-        raise UserError(f"{output}: holds the checkpoint itself; name another folder")
     tokens_BS = check_tokens(model.config.vocab_size, model.config.max_position_embeddings)
     before = outputs_of(model, tokens_BS)
     result: Any = split_dense(

@@ -50,6 +50,9 @@ def split_config(
         "kind": "dsmoe" if top_k is None else "smoe",
         "num_experts": num_experts,
         "gate_normalization": gate_normalization,
+        # a dense twin has no router, whatever its config says of one
+        "router_type": "linear",
+        "router_hidden_size": 0,
         "rope_parameters": config.rope_parameters,
         # follow from the number of experts
         **dict.fromkeys(("moe_intermediate_size", "mlp_gate_scale", "mlp_kept_experts")),

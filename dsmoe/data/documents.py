@@ -139,7 +139,8 @@ def _from_jsonl(path: Path, text_field: str) -> Iterator[str]:
             continue
         try:
             row = json.loads(line)
-        except json.JSONDecodeError as error:
+        # a ValueError that is no JSONDecodeError: a number of thousands of digits; a RecursionError: brackets as deep
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{path}:{number}: not a line of JSON ({error})") from None
         if not isinstance(row, dict):
             raise UserError(

@@ -19,7 +19,7 @@ from tqdm import tqdm
 from dsmoe import files
 from dsmoe.data import tokenization
 from dsmoe.data.corpus import FORMAT_VERSION, META, TOKENIZER, TokenCorpus
-from dsmoe.data.documents import document_key
+from dsmoe.data.documents import JSONL_SUFFIXES, PARQUET_SUFFIXES, TEXT_SUFFIXES, document_key
 from dsmoe.data.recipe import Recipe, Source, check_recipe
 from dsmoe.data.sampling import tokenizer_sample
 from dsmoe.data.shards import DTYPES, ShardWriter, dtype_for
@@ -62,7 +62,7 @@ def prepare(recipe: Recipe, output: str | Path, overwrite: bool = False) -> Toke
         UserError: anything wrong with the recipe or a source.
     """
     check_recipe(recipe)
-    with files.new_folder(output, overwrite=overwrite) as folder:
+    with files.new_folder(output, overwrite=overwrite, inputs=_inputs(recipe)) as folder:
         tokenizer = _tokenizer(recipe)
         tokenization.save_tokenizer(tokenizer, folder / TOKENIZER)
         vocab_size = tokenization.vocabulary_size(tokenizer)
@@ -94,6 +94,19 @@ def prepare(recipe: Recipe, output: str | Path, overwrite: bool = False) -> Toke
         }
         files.write_json(folder / META, meta)
     return TokenCorpus(output)
+
+
+def _inputs(recipe: Recipe) -> list[Path]:
+    """The files and folders that are read; of a source that is a folder also the files with documents in it."""
+    sources = [Path(source.path) for source in recipe.sources.values() if not source.is_hub]
+    inside = [
+        file
+        for source in sources
+        for file in source.rglob("*")
+        if file.name.endswith(JSONL_SUFFIXES + PARQUET_SUFFIXES + TEXT_SUFFIXES)
+    ]
+    # a name on the Hub is no file here, and passed over
+    return sources + inside + ([] if recipe.tokenizer is None else [Path(recipe.tokenizer)])
 
 
 def _tokenizer(recipe: Recipe):

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from dsmoe.data.corpus import TokenCorpus
+from dsmoe.data.corpus import TokenCorpus, TokenStream
 from dsmoe.errors import UserError
 
 if TYPE_CHECKING:
@@ -50,19 +50,56 @@ def evaluation_batches(
     Raises:
         UserError: no such split.
     """
-    total = corpus.num_tokens(split)
-    streams = [stream for name in corpus.source_names if len(stream := corpus.stream(name, split))]
-    shown = total if max_tokens is None else min(total, max_tokens)
+    shown = _shown(corpus, split, max_tokens)
     chunk = batch_size * sequence_length
 
     def windows() -> Iterator[np.ndarray]:
-        for stream in streams:
-            # rounded up: max_tokens=1 still measures something of every source
-            length = -(-len(stream) * shown // total)
+        for stream, length in shown:
             chunks = (stream.read(at, min(at + chunk, length)) for at in range(0, length, chunk))
             yield from _windows(chunks, sequence_length, corpus.eos_token_id)
 
     yield from _batches(windows(), batch_size, corpus.eos_token_id, isolate_documents)
+
+
+def shown_bytes_per_token(
+    corpus: TokenCorpus, tokenizer: "PreTrainedTokenizerBase", *, split: str, max_tokens: int | None = None
+) -> float:
+    """UTF-8 bytes of text per token, eos counted, of what `evaluation_batches` shows of a split.
+
+    The whole split's are known; of a part they are those of its decoded tokens, exact but for a character that the
+    cut goes through.
+
+    Args:
+        corpus: the prepared corpus.
+        tokenizer: its tokenizer.
+        split: as in `evaluation_batches`.
+        max_tokens: the same.
+
+    Raises:
+        UserError: no such split.
+    """
+    shown = _shown(corpus, split, max_tokens)
+    num_tokens = sum(length for _, length in shown)
+    if num_tokens == corpus.num_tokens(split):
+        return corpus.bytes_per_token(split)
+    num_bytes = 0
+    for stream, length in shown:
+        tokens = stream.read(0, length)
+        # eos is no text
+        for document in np.split(tokens, np.flatnonzero(tokens == corpus.eos_token_id) + 1):
+            ids = document[document != corpus.eos_token_id].tolist()
+            text = str(tokenizer.decode(ids, clean_up_tokenization_spaces=False))
+            num_bytes += len(text.encode())
+    return num_bytes / num_tokens
+
+
+def _shown(corpus: TokenCorpus, split: str, max_tokens: int | None) -> list[tuple[TokenStream, int]]:
+    """The streams of a split, and how many first tokens of each are shown."""
+    total = corpus.num_tokens(split)
+    streams = [stream for name in corpus.source_names if len(stream := corpus.stream(name, split))]
+    shown = total if max_tokens is None else min(total, max_tokens)
+    # rounded up: max_tokens=1 still measures something of every source
+    return [(stream, -(-len(stream) * shown // total)) for stream in streams]
 
 
 def text_batches(

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 import dsmoe.model  # noqa: F401 (registers model_type "dsmoe" with the Auto classes)
+from dsmoe.checkpoint.pretrained import check_weights, final_of_run
 from dsmoe.environment import default_device
 from dsmoe.errors import UserError
 from dsmoe.evaluation.quiet import quiet_loading
@@ -29,17 +32,21 @@ class LoadedModel:
     tokenizer: Any
 
 
-def check_path(path: str) -> None:
-    """Complain about a path that can be neither a model's folder nor a Hub id ("name" or "owner/name").
+def model_path(path: str) -> str:
+    """Where a model is: the folder itself, `final/` of the folder of a run, or a Hub id ("name" or "owner/name").
 
     Raises:
         UserError: no such folder, or one without config.json.
     """
     if Path(path).is_dir():
-        if not (Path(path) / "config.json").exists():
+        folder = final_of_run(Path(path))
+        if not (folder / "config.json").exists():
             raise UserError(f"{path}: has no config.json, so it is not a model's folder")
-    elif path.startswith((".", "/", "~")) or path.count("/") > 1:
+        # as given where it can be: results name it so, and --resume knows it by that
+        return path if folder == Path(path) else str(folder)
+    if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"{path}: no such folder")
+    return path
 
 
 def load_model(
@@ -48,28 +55,36 @@ def load_model(
     """Load a causal language model as the `lm_eval --model hf` command does.
 
     Args:
-        path: a local folder or a Hub id.
+        path: a local folder (of a model, or of a run, whose `final/` is taken) or a Hub id.
         device: where to put it; None: `default_device()`.
         dtype: one of `DTYPES`; "auto" takes the checkpoint's.
         trust_remote_code: let transformers run code that lies in the folder.
 
     Raises:
-        UserError: it cannot be loaded, for a reason that lies in the folder, the id or the options.
+        UserError: it cannot be loaded, for a reason that lies in the folder, the id or the options, or its weights
+            don't fit its config.
     """
     if dtype not in DTYPES:
         raise UserError(f"--dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
-    path = str(path)
-    check_path(path)
+    path = model_path(str(path))
     try:
         with quiet_loading():
+            # by itself first: what is wrong with it, the tokenizer's loading passes over with a warning
+            AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
             tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
             # not .to(dtype) on a live model: that would also round the rotary frequencies
-            model: Any = AutoModelForCausalLM.from_pretrained(
-                path, dtype=dtype, trust_remote_code=trust_remote_code
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
             )
-    except (OSError, ValueError, ImportError) as error:
-        reason = str(error).strip().splitlines()[0]
+            model, loading = loaded
+    except StrictDataclassError as error:
+        # its own first line says only that something is wrong with the field
+        raise UserError(f"{path}: config.json: {error.__cause__ or error}") from error
+    except (OSError, ValueError, ImportError, RuntimeError, SafetensorError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise UserError(f"{path}: cannot be loaded as a causal language model: {reason}") from error
+    # a model of another origin may carry more than its architecture reads, such as heads for other tasks
+    check_weights(path, loading, unexpected=model.config.model_type == "dsmoe")
     try:
         model = model.to(device or default_device())
     except (RuntimeError, AssertionError) as error:

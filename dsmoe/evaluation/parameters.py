@@ -27,6 +27,9 @@ def describe_model(path: str | Path, model: Any) -> dict[str, Any]:
         {"kind": "dense", "smoe", "dsmoe", or null for another architecture, "policy", "num_params_total"
         (tied weights once), "num_params_embedding", "num_params_active", "mlp_active_fraction",
         "attention_active_fraction"}.
+
+    Raises:
+        UserError: the folder's `sparsity.json` is none.
     """
     ours = model.config.model_type == "dsmoe"
     described: dict[str, Any] = {
@@ -39,10 +42,17 @@ def describe_model(path: str | Path, model: Any) -> dict[str, Any]:
     measured = Path(path) / "sparsity.json"
     if measured.is_file():
         sparsity = files.read_json(measured)
-        policy = _shortened(sparsity["policy"])
+        try:
+            policy = _shortened(sparsity["policy"])
+            counts = {key: sparsity[key] for key in _SPARSITY}
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{measured}: not a report of dsmoe sparsify ({type(error).__name__}: {error}); make the folder again, "
+                "or remove the file"
+            ) from None
         # a report of other policies than the model's is out of date
         if not ours or policy == described["policy"]:
-            described.update({key: sparsity[key] for key in _SPARSITY})
+            described.update(counts)
             described["policy"] = policy
     return described
 

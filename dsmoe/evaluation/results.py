@@ -6,6 +6,7 @@ model, from which models are paired, also with those of an earlier run.
 
 import hashlib
 import math
+import tempfile
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +27,13 @@ class ResultsFile:
         resume: keep the models that the file holds already.
 
     Raises:
-        UserError: the file to resume was made with other settings.
+        UserError: the files can't be written there, or the file to resume is none of these or was made with other
+            settings.
     """
 
     def __init__(self, path: str | Path, settings: Row, header: Row, *, resume: bool = False) -> None:
         self.path = Path(path)
+        self._check_place()
         self.settings = settings
         self.header = header
         self.task_versions: Row = {}
@@ -49,17 +52,46 @@ class ResultsFile:
         """Rows of the finished models."""
         return list(self._rows.values())
 
+    def _check_place(self) -> None:
+        """Refuse a place that can't be written before hours of scoring rather than after."""
+        for path in (self.path, self.sidecar):
+            if path.is_dir():
+                raise UserError(f"{path}: is a folder; results are a file, such as {path / 'results.json'}")
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryFile(dir=self.path.parent):
+                pass
+        except OSError as error:
+            raise UserError(
+                f"{self.path}: cannot be written ({error.strerror}); name a file in a folder that can"
+            ) from None
+
     def _read(self) -> None:
-        found = files.read_json(self.path)
+        try:
+            self._take(files.read_json(self.path), files.read_json(self.sidecar))
+        except (KeyError, TypeError, AttributeError) as error:
+            raise UserError(
+                f"{self.path}: not results of score.py with their {self.sidecar.name} "
+                f"({type(error).__name__}: {error}); name another --output, or leave --resume out to replace it"
+            ) from None
+
+    def _take(self, found: Row, questions: Row) -> None:
         for key, value in self.settings.items():
-            if found.get("settings", {}).get(key) != value:
+            if found["settings"].get(key) != value:
                 raise UserError(
-                    f"{self.path}: made with {key} {found.get('settings', {}).get(key)!r}, not {value!r}; "
+                    f"{self.path}: made with {key} {found['settings'].get(key)!r}, not {value!r}; "
                     "name another --output, or leave --resume out to replace it"
                 )
-        self._questions = files.read_json(self.sidecar)
-        self._rows = {row["name"]: row for row in found["models"] if row["name"] in self._questions}
-        self.task_versions = found["task_versions"]
+        if not isinstance(questions, dict):
+            raise TypeError(f"the outcomes are {questions!r:.40}")
+        self._questions = questions
+        self._rows = {row["name"]: row for row in found["models"] if row["name"] in questions}
+        self.task_versions = dict(found["task_versions"])
+        # what the rest relies on: which model a row is of, and outcomes that can be paired
+        for row in self.models:
+            if missing := {"path", "fingerprint"} - row.keys():
+                raise KeyError(*sorted(missing))
+        paired(questions, list(self._rows))
 
     def has(self, name: str, path: str) -> bool:
         """Whether a model of that name is finished, from the same path with the same files."""

@@ -42,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
         action="append",
         required=True,
         metavar="[NAME=]DIR",
-        help="folder or Hub id; may be repeated",
+        help="folder (of a model or a run) or Hub id; may be repeated",
     )
     add(
         "--tasks",
@@ -81,12 +81,12 @@ def run(args: argparse.Namespace) -> None:
     models = parse_models(args.model)
     settings = _settings(args)
     from dsmoe.environment import describe
-    from dsmoe.evaluation.loading import check_path
+    from dsmoe.evaluation.loading import model_path
     from dsmoe.evaluation.results import ResultsFile
 
     keep_freed_memory()
-    for path in models.values():
-        check_path(path)  # all of them before the first is scored
+    # all of them before the first is scored
+    models = {name: model_path(path) for name, path in models.items()}
     seeds = {"python": args.seed, "numpy": args.seed, "torch": args.seed, "fewshot": args.seed}
     results = ResultsFile(args.output, settings, {"seeds": seeds, **describe()}, resume=args.resume)
     for name, path in models.items():
@@ -214,7 +214,7 @@ def _validation(name: str, loaded: Any, args: argparse.Namespace) -> Row:
     from transformers import AutoTokenizer
 
     from dsmoe.data.corpus import TokenCorpus
-    from dsmoe.data.loader import evaluation_batches
+    from dsmoe.data.windows import evaluation_batches, shown_bytes_per_token
     from dsmoe.evaluation.perplexity import validation_loss
 
     corpus = TokenCorpus(args.data)
@@ -243,7 +243,8 @@ def _validation(name: str, loaded: Any, args: argparse.Namespace) -> Row:
         unit="batch",
         disable=None,
     )
-    scored = validation_loss(loaded.model, bar, corpus.bytes_per_token("validation"))
+    size = shown_bytes_per_token(corpus, tokenizer, split="validation", max_tokens=args.data_tokens)
+    scored = validation_loss(loaded.model, bar, size)
     return {
         "validation_loss": scored["loss"],
         "bits_per_byte": scored["bits_per_byte"],

@@ -10,9 +10,10 @@ import torch
 
 from dsmoe.config import DSMoEConfig
 from dsmoe.export.requirements import ARCHITECTURES, uniform_top_k
-from dsmoe.export.targets import is_exact, is_tied
+from dsmoe.export.targets import ROW_BYTES, is_exact, is_tied, padded_width, rows_are_aligned
 
 _VLLM_OLMOE_EPS = 1e-5
+LOOP = "load it with experts_implementation='eager'"
 
 
 def notes_of(config: DSMoEConfig, target: str, dtype: torch.dtype, untie: bool) -> list[str]:
@@ -36,7 +37,31 @@ def notes_of(config: DSMoEConfig, target: str, dtype: torch.dtype, untie: bool) 
         )
     if config.normalize_embeddings:
         notes.append("the normalised embedding table is stored, and the output projection beside it, untied")
-    return notes + _precision_notes(config, target, dtype) + _engine_notes(config, target, untie)
+    return (
+        notes
+        + _width_notes(config, target, dtype)
+        + _precision_notes(config, target, dtype)
+        + _engine_notes(config, target, untie)
+    )
+
+
+def _width_notes(config: DSMoEConfig, target: str, dtype: torch.dtype) -> list[str]:
+    if target == "llama":
+        return []
+    notes = []
+    width, padded = config.moe_intermediate_size, padded_width(config)
+    if width != padded:
+        field = "intermediate_size" if target == "olmoe" else "moe_intermediate_size"
+        notes.append(
+            f"experts are padded from {width} to {padded} hidden units ({field}) with units of zeros, which add nothing: "
+            "transformers' default experts (grouped_mm) want a multiple of 8"
+        )
+    if not rows_are_aligned(config, dtype):
+        notes.append(
+            f"hidden_size {config.hidden_size} is no multiple of {ROW_BYTES // dtype.itemsize}, which transformers' "
+            f"default experts (grouped_mm) want in {str(dtype).removeprefix('torch.')}: {LOOP}"
+        )
+    return notes
 
 
 def _precision_notes(config: DSMoEConfig, target: str, dtype: torch.dtype) -> list[str]:
@@ -68,7 +93,8 @@ def _engine_notes(config: DSMoEConfig, target: str, untie: bool) -> list[str]:
             "there"
         )
     if is_tied(config, untie):
-        notes.append(f"embeddings are tied: {engines} need --untie for {name}")
+        need = "need" if target == "olmoe" else "needs"
+        notes.append(f"embeddings are tied: {engines} {need} --untie for {name}")
     if target == "olmoe" and config.rms_norm_eps != _VLLM_OLMOE_EPS:
         notes.append(
             f"rms_norm_eps is {config.rms_norm_eps:g}: vLLM's OLMoE has {_VLLM_OLMOE_EPS:g} built in"

@@ -12,19 +12,21 @@ from dsmoe.checkpoint.pretrained import load_pretrained, write_pretrained
 from dsmoe.errors import UserError
 from dsmoe.export.check import (
     EXACT,
-    ROUNDED_AFTER_FOLDING,
+    ROUNDED,
     Agreement,
+    check_default_experts,
     check_tokens,
     compare,
     load_exported,
     outputs_of,
     require_agreement,
+    router_scale,
 )
 from dsmoe.export.gguf import export_gguf
-from dsmoe.export.notes import notes_of
+from dsmoe.export.notes import LOOP, notes_of
 from dsmoe.export.requirements import ARCHITECTURES, check_exportable, uniform_top_k
-from dsmoe.export.targets import is_exact, target_model
-from dsmoe.files import new_folder, read_json, sha256, write_json
+from dsmoe.export.targets import is_exact, rows_are_aligned, target_model
+from dsmoe.files import check_new_folder, new_folder, read_json, sha256, write_json
 from dsmoe.model import DSMoEForCausalLM
 
 REPORT = "export.json"
@@ -69,16 +71,14 @@ def export(
         raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
     if untie and target == "dsmoe":
         raise UserError("--untie is for the other formats; dsmoe keeps the model's own tying")
-    if output.is_dir() and any(output.iterdir()) and not overwrite:
-        raise UserError(f"{output}: the folder is not empty; name another one or pass --overwrite")
+    # the model of a run's folder is in final/
+    check_new_folder(output, overwrite=overwrite, inputs=(checkpoint, Path(checkpoint) / "final"))
     model, source = load_pretrained(checkpoint, torch.float32)
-    if output.resolve() in (source.resolve(), *source.resolve().parents):
-        raise UserError(f"{output}: holds the checkpoint itself; name another folder")
     check_exportable(model.config, target)
     dtype = dtype or _own_dtype(source)
     with new_folder(output, overwrite=overwrite) as beside:
         _write(model, target, DTYPES[dtype], untie, source, beside)
-        agreement = _check(model, target, DTYPES[dtype], beside)
+        agreement, notes = _check(model, target, DTYPES[dtype], beside)
         report = {
             "format": target,
             "architecture": ARCHITECTURES[target],
@@ -86,7 +86,7 @@ def export(
             "source_config_sha256": sha256(source / "config.json"),
             "dsmoe_version": __version__,
             **asdict(agreement),
-            "notes": notes_of(model.config, target, DTYPES[dtype], untie),
+            "notes": notes_of(model.config, target, DTYPES[dtype], untie) + notes,
         }
         write_json(beside / REPORT, report)
     return report
@@ -111,7 +111,10 @@ def _write(model: Any, target: str, dtype: torch.dtype, untie: bool, source: Pat
     model.float()
 
 
-def _check(model: DSMoEForCausalLM, target: str, dtype: torch.dtype, folder: Path) -> Agreement:
+def _check(
+    model: DSMoEForCausalLM, target: str, dtype: torch.dtype, folder: Path
+) -> tuple[Agreement, list[str]]:
+    """How near the folder is to the model, and notes on what did not run."""
     config = model.config
     tokens_BS = check_tokens(config.vocab_size, config.max_position_embeddings)
     original = outputs_of(model, tokens_BS)
@@ -120,6 +123,11 @@ def _check(model: DSMoEForCausalLM, target: str, dtype: torch.dtype, folder: Pat
     top_k = uniform_top_k(config, target) if native and config.num_experts > 1 else None
     agreement = compare(original, exported, top_k)
     exact = not native or is_exact(config, dtype)
-    router_scale = 0.0 if original.router_logits is None else original.router_logits.abs().max().item()
-    require_agreement(agreement, EXACT if exact else ROUNDED_AFTER_FOLDING, router_scale)
-    return agreement
+    require_agreement(agreement, EXACT if exact else ROUNDED, router_scale(original))
+    notes = []
+    if target in ("olmoe", "qwen2moe"):
+        problem = check_default_experts(folder, dtype, tokens_BS, top_k)
+        # a hidden size that it can't take has a note of its own
+        if problem is not None and rows_are_aligned(config, dtype):
+            notes.append(f"transformers' default experts don't run on this machine ({problem}); {LOOP}")
+    return agreement, notes

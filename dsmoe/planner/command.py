@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from typing import Any
 
 from dsmoe.errors import UserError
@@ -22,6 +23,8 @@ from dsmoe.planner.units import (
     parse_memory,
     parse_share,
 )
+
+MOST_DAYS = 36_500
 
 EPILOG = """examples:
   dsmoe plan --flops 1e22                                        compute-optimal
@@ -54,7 +57,9 @@ def add_parser(subparsers: Any) -> None:
         "--mfu", type=float, default=0.4, help="share of the peak with --days (default: %(default)s)"
     )
     limits.add_argument(
-        "--training-memory", metavar="M", help="for weights, gradients and AdamW state in training"
+        "--training-memory",
+        metavar="M",
+        help="for weights, gradients and AdamW state in training (default: that of --gpu with --days, else none)",
     )
     limits.add_argument("--max-tokens", metavar="D", help="training tokens that there are: 5e11, 500B")
     limits.add_argument("--max-tokens-per-param", metavar="R", help="training tokens per trained parameter")
@@ -146,6 +151,7 @@ def _limits(args: argparse.Namespace) -> tuple[list[str], Limits]:
         return None if text is None else parse(text, flag)
 
     flops, memory = read(parse_flops, "--flops"), read(parse_memory, "--memory")
+    training_memory = read(parse_memory, "--training-memory")
     notes = []
     if args.gpu is None and args.days is not None:
         raise UserError("--days needs --gpu, whose speed it multiplies")
@@ -157,9 +163,17 @@ def _limits(args: argparse.Namespace) -> tuple[list[str], Limits]:
             f"memory limit {format_bytes(memory)}{smaller}: {hardware} has {format_bytes(hardware.memory_bytes)}"
         )
         if args.days is not None:
-            if not args.days > 0:
-                raise UserError(f"--days {args.days} must be above zero")
+            if not 0 < args.days <= MOST_DAYS:
+                raise UserError(
+                    f"--days {args.days:g} must be above zero and at most {MOST_DAYS:,} (a century)"
+                )
             made = hardware.training_flops(args.days, parse_share(args.mfu, "--mfu"))
+            if training_memory is None:  # the hardware trains, so what is trained has to fit it
+                training_memory = hardware.memory_bytes
+                notes.append(
+                    f"training memory limit {format_bytes(training_memory)}, that of {hardware}, which trains "
+                    f"({args.training_recipe}, without activations); --training-memory sets another"
+                )
             flops = made if flops is None else flops
             origin = "from" if flops == made else "as given, not"
             notes.append(
@@ -180,7 +194,7 @@ def _limits(args: argparse.Namespace) -> tuple[list[str], Limits]:
         if args.inference_tokens in (None, "0")
         else read(parse_count, "--inference-tokens"),
         memory_bytes=memory,
-        training_memory_bytes=read(parse_memory, "--training-memory"),
+        training_memory_bytes=training_memory,
         max_tokens=read(parse_count, "--max-tokens"),
         max_tokens_per_param=read(parse_count, "--max-tokens-per-param"),
         total_params=read(parse_count, "--total-params"),
@@ -195,6 +209,8 @@ def _law(args: argparse.Namespace) -> PlanningLaw:
     law = read_law("tabulated" if args.tabulated else args.law)
     if args.eta is None:
         return law
-    if not args.eta > 0:
-        raise UserError(f"--eta {args.eta} must be above zero")
+    if not 0 < args.eta < math.inf:
+        raise UserError(
+            f"--eta {args.eta:g} must be above zero and finite; 1 means as good as the dense twin"
+        )
     return law.with_eta(args.eta)

@@ -1,5 +1,6 @@
 """The law that a plan uses: published, or fitted on own runs by `dsmoe fit` and read from its JSON file."""
 
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -18,11 +19,13 @@ from dsmoe.planner.laws import (
     JointLaw,
     ReducedLaw,
     TabulatedLaw,
+    tie_band,
 )
 from dsmoe.planner.optimum import SizedLoss
 from dsmoe.planner.shapes import Family
 
 Z90 = 1.64  # half-width of a 90% interval of a normal error in standard deviations
+SHARE_SLACK = 1.2  # a run's active share is measured, and never exactly what was wanted
 CHINCHILLA = ("a", "alpha", "b", "beta", "c")
 FORMS = ("joint", "chinchilla", "joint_dsmoe")
 
@@ -67,7 +70,8 @@ class PlanningLaw:
         name: for the output.
         fit: the coefficients.
         rmse: of the fit on its runs, in nats.
-        fitted_range: smallest and largest num_params_active, tokens_per_param and num_experts of the runs.
+        fitted_range: smallest and largest num_params_active, tokens_per_param and num_experts of the runs, and
+            dsmoe_num_experts (and where known dsmoe_active_share) where there were DS-MoEs.
         draws: bootstrap resamples; none for published coefficients.
     """
 
@@ -80,7 +84,7 @@ class PlanningLaw:
     @property
     def tie_band(self) -> float:
         """Differences up to this are ties: the law can't tell them apart."""
-        return max(TIE_BAND, self.rmse) if self.draws or self.rmse != PUBLISHED_RMSE else TIE_BAND
+        return tie_band(self.rmse) if self.draws or self.rmse != PUBLISHED_RMSE else TIE_BAND
 
     @property
     def known_experts(self) -> tuple[int, ...] | None:
@@ -99,19 +103,21 @@ class PlanningLaw:
     def beyond_range(self, family: Family, hidden_size: float, tokens: float) -> list[str]:
         """What of a row lies outside the runs that the law was fitted to, in words; empty: nothing."""
         num_params = self.fit.law_params(family, hidden_size)
-        experts = 1 if family.kind == "dsmoe" else family.num_experts
-        values = {
-            "num_params_active": num_params,
-            "tokens_per_param": tokens / num_params,
-            "num_experts": experts,
-        }
+        values = {"num_params_active": num_params, "tokens_per_param": tokens / num_params}
+        if family.kind != "dsmoe":
+            values["num_experts"] = family.num_experts
+        elif self.fit.term.fitted:  # an assumed eta has no runs behind it, and is marked as assumed
+            values["dsmoe_num_experts"] = family.num_experts
+            if "dsmoe_active_share" in self.fitted_range:  # older law files and those of tables don't know it
+                values["dsmoe_active_share"] = family.active_share
         found = []
         for name, value in values.items():
             if name not in self.fitted_range:
                 found.append(f"{name}: the law file does not say its range")
                 continue
             low, high = self.fitted_range[name]
-            if not low * (1 - 1e-9) <= value <= high * (1 + 1e-9):
+            slack = SHARE_SLACK if name == "dsmoe_active_share" else 1 + 1e-9
+            if not low / slack <= value <= high * slack:
                 found.append(f"{name} {value:.4g} outside {low:.4g} to {high:.4g}")
         return found
 
@@ -149,25 +155,46 @@ def read_law(source: str | Path | None) -> PlanningLaw:
         raise UserError(
             f"{source}: coefficients is missing; a file of `dsmoe fit` maps names to values there"
         )
-    values = {name: entry["value"] if isinstance(entry, Mapping) else entry for name, entry in listed.items()}
-    draws = [
-        _draw(form, {**values, **draw}, f"{source}: bootstrap[{index}]")
-        for index, draw in enumerate(content.get("bootstrap") or [])
-    ]
-    fit = _draw(form, values, f"{source}: coefficients")
-    dense = fit.law.at(1)
-    if not (dense.mu < 0 and dense.nu < 0 and dense.m > 0 and dense.n > 0):
+    values = {
+        name: entry.get("value") if isinstance(entry, Mapping) else entry for name, entry in listed.items()
+    }
+    resampled = content.get("bootstrap") or []
+    if not isinstance(resampled, list) or not all(isinstance(draw, Mapping) for draw in resampled):
         raise UserError(
-            f"{source}: this law's loss does not fall with both size and tokens (exponents {dense.mu:.4g} and "
-            f"{dense.nu:.4g}, factors {dense.m:.4g} and {dense.n:.4g}); no plan can be made with it"
+            f"{source}: bootstrap must be a list of draws, each of which maps coefficients to values"
         )
+    rmse = PUBLISHED_RMSE if content.get("rmse_train") is None else content["rmse_train"]
+    if not _is_number(rmse) or rmse < 0:
+        raise UserError(f"{source}: rmse_train is {rmse!r}; it must be a number of nats, at least 0")
     return PlanningLaw(
         name=f"{Path(source).name} ({form})",
-        fit=fit,
-        rmse=float(content.get("rmse_train") or PUBLISHED_RMSE),
-        fitted_range=content.get("range") or {},
-        draws=tuple(draws),
+        fit=_draw(form, values, f"{source}: coefficients"),
+        rmse=float(rmse),
+        fitted_range=_ranges(content.get("range"), source),
+        draws=tuple(
+            _draw(form, {**values, **draw}, f"{source}: bootstrap[{index}]")
+            for index, draw in enumerate(resampled)
+        ),
     )
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
+
+
+def _ranges(found: Any, source: str | Path) -> Mapping[str, Sequence[float]]:
+    ranges = {} if found is None else found
+    if not isinstance(ranges, Mapping):
+        raise UserError(f"{source}: range is {ranges!r}; it must map names to [smallest, largest]")
+    for name, ends in ranges.items():
+        if (
+            not isinstance(ends, list)
+            or len(ends) != 2
+            or not all(map(_is_number, ends))
+            or ends[0] > ends[1]
+        ):
+            raise UserError(f"{source}: range.{name} is {ends!r}; it must be [smallest, largest]")
+    return ranges
 
 
 def _draw(form: str, values: Mapping[str, Any], where: str) -> Draw:
@@ -175,16 +202,31 @@ def _draw(form: str, values: Mapping[str, Any], where: str) -> Draw:
     names = CHINCHILLA if reduced else COEFFICIENTS
     numbers = {}
     for name in names:
-        if not isinstance(values.get(name), int | float):
-            raise UserError(f"{where}.{name} is {values.get(name)!r}; it must be a number")
+        if not _is_number(values.get(name)):
+            raise UserError(f"{where}.{name} is {values.get(name)!r}; it must be a finite number")
         numbers[name] = float(values[name])
+    if not reduced and not 0 < numbers["e_start"] < numbers["e_max"]:
+        raise UserError(
+            f"{where}: e_start is {numbers['e_start']:g} and e_max {numbers['e_max']:g}; e_start must be above 0 and "
+            "below e_max"
+        )
     law: JointLaw | TabulatedLaw
     if form == "chinchilla":
         five = ReducedLaw(*(numbers[name] for name in CHINCHILLA))
         law = TabulatedLaw({1: five if reduced else JointLaw(**numbers).at(1)})
     else:
         law = JointLaw(**numbers)
+    dense = law.at(1)
+    if not (dense.mu < 0 and dense.nu < 0 and dense.m > 0 and dense.n > 0):
+        raise UserError(
+            f"{where}: this law's loss does not fall with both size and tokens (exponents {dense.mu:.4g} and "
+            f"{dense.nu:.4g}, factors {dense.m:.4g} and {dense.n:.4g}); no plan can be made with it"
+        )
     eta, kappa = values.get("eta"), values.get("kappa")
+    if eta is not None and not (_is_number(eta) and eta > 0):
+        raise UserError(f"{where}.eta is {eta!r}; it must be a number above 0")
+    if kappa is not None and not _is_number(kappa):
+        raise UserError(f"{where}.kappa is {kappa!r}; it must be a finite number")
     fitted = eta is not None or kappa is not None
     return Draw(
         law, DSMoETerm(1.0 if eta is None else float(eta), fitted), None if kappa is None else float(kappa)

@@ -22,6 +22,11 @@ PUBLISHED_RANGE = {
 }
 
 
+def tie_band(rmse: float) -> float:
+    """Differences in nats up to this are ties by a law fitted with that error on its own runs."""
+    return max(TIE_BAND, rmse)
+
+
 @dataclass(frozen=True)
 class ReducedLaw:
     """The law at one number of experts: loss = m * N**mu + n * D**nu + c, with mu and nu negative.

@@ -1,6 +1,6 @@
 """Bytes of weights, KV cache and training state of a shape that need not be whole yet.
 
-`dsmoe.accounting` counts finished configurations to the last norm; these agree with it up to norms and routers.
+For a shape that is whole these agree with what `dsmoe.accounting` counts of the configuration that a plan writes.
 """
 
 from dataclasses import dataclass
@@ -63,7 +63,7 @@ class Serving:
 
     def weight_bytes(self, family: Family, hidden_size: float) -> float:
         """All weights, whatever share of them a token uses."""
-        return family.num_params_total(hidden_size) * element_bytes(self.dtype)
+        return family.num_params_stored(hidden_size) * element_bytes(self.dtype)
 
     def kv_cache_bytes(self, hidden_size: float) -> float:
         """Keys and values of multi-head attention: 2 * layers * d elements per token."""
@@ -83,5 +83,5 @@ def training_parts(family: Family, hidden_size: float, recipe: str = "autocast")
     """
     if recipe not in TRAINING_RECIPES:
         raise UserError(f"--training-recipe {recipe!r} is unknown; known are {', '.join(TRAINING_RECIPES)}")
-    total = family.num_params_total(hidden_size)
-    return {part: size * total for part, size in TRAINING_RECIPES[recipe].items()}
+    stored = family.num_params_stored(hidden_size)
+    return {part: size * stored for part, size in TRAINING_RECIPES[recipe].items()}

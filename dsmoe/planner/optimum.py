@@ -101,13 +101,16 @@ def _search(family: Family, loss: SizedLoss, limits: Limits, largest: float) -> 
 def nearest_shape(family: Family, loss: SizedLoss, limits: Limits, optimum: Optimum) -> Optimum | None:
     """The best real shape: one of the two multiples of `Family.step` around the optimum that keep the limits.
 
-    With `total_params` fixed it is the shape whose total is nearest. None if no real shape keeps the limits.
+    With `total_params` fixed it is the shape whose total is nearest. None if no real shape keeps the limits, or if that
+    total is nearer to nothing than to the smallest shape.
     """
     step = family.step
     below = math.floor(optimum.hidden_size / step + 1e-9) * step
     around = [hidden_size for hidden_size in (below, below + step) if hidden_size >= HEAD_DIM]
     if limits.total_params is not None:
         wanted = limits.total_params
+        if too_small(family, wanted):
+            return None
         around = [min(around, key=lambda d: abs(math.log(family.num_params_total(d) / wanted)))]
     made = []
     for hidden_size in around:
@@ -116,3 +119,14 @@ def nearest_shape(family: Family, loss: SizedLoss, limits: Limits, optimum: Opti
             value = loss(family.num_params_trained(hidden_size), tokens)
             made.append(Optimum(hidden_size, tokens, value, optimum.binding))
     return min(made, key=lambda found: found.loss, default=None)
+
+
+def too_small(family: Family, total_params: float) -> bool:
+    """Whether the smallest shape that can be built has more than twice that many parameters."""
+    return family.num_params_total(family.step) > 2 * total_params
+
+
+def real_optimum(family: Family, loss: SizedLoss, limits: Limits) -> Optimum | None:
+    """The best shape that can be built; None if no shape keeps the limits."""
+    optimum = optimise(family, loss, limits)
+    return None if optimum is None else nearest_shape(family, loss, limits, optimum)

@@ -8,10 +8,11 @@ from dsmoe.errors import UserError
 from dsmoe.planner.lawfile import PlanningLaw
 from dsmoe.planner.limits import Limits
 from dsmoe.planner.memory import training_parts
-from dsmoe.planner.optimum import Optimum, nearest_shape, optimise
-from dsmoe.planner.recipe import batch_tokens, learning_rate
+from dsmoe.planner.optimum import Optimum, nearest_shape, optimise, too_small
+from dsmoe.planner.recipe import batch_tokens, learning_rate, recipe_notes
 from dsmoe.planner.shapes import LAW_VOCAB_SIZE, Family
 from dsmoe.planner.stability import decision_shares
+from dsmoe.planner.units import format_count
 
 SMOE_EXPERTS = (2, 4, 8, 16, 32)
 DSMOE_EXPERTS = 32
@@ -165,6 +166,7 @@ def _fields(
         "tokens_per_param": real.tokens / trained,
         "learning_rate": learning_rate(family, size),
         "batch_tokens": batch_tokens(real.tokens),
+        "recipe_notes": recipe_notes(family, size, real.tokens),
         "loss": real.loss,
         "loss_interval": law.interval(family, trained, real.tokens),
         "loss_gap": 0.0,
@@ -191,6 +193,12 @@ def _fields(
 
 
 def _why_impossible(family: Family, limits: Limits) -> str:
+    if limits.total_params is not None and too_small(family, limits.total_params):
+        smallest = format_count(family.num_params_total(family.step))
+        return (
+            f"{family.name} of {limits.total_params:.4g} total parameters can't be built that small; the smallest, of "
+            f"d = {family.step}, has {smallest} (a smaller --vocab-size lowers that)"
+        )
     if limits.total_params is not None:
         return f"{family.name} of {limits.total_params:.4g} total parameters is beyond the other limits"
     largest, bound = limits.largest_hidden_size(family)
@@ -211,6 +219,12 @@ def _notes(limits: Limits, law: PlanningLaw, rows: Sequence[Row]) -> list[str]:
         "learning rate and batch are rules of thumb from the law's runs",
         f"column training: bytes of weights, gradients and AdamW state ({limits.training_recipe}), without activations",
     ]
+    ranks: dict[str, list[str]] = {}
+    for rank, row in enumerate(rows, 1):
+        for note in row.fields["recipe_notes"]:
+            ranks.setdefault(note, []).append(str(rank))
+    for note, which in ranks.items():
+        notes.append(f"{'all rows' if len(which) == len(rows) else 'rank ' + ', '.join(which)}: {note}")
     if any(row.family.kind == "dsmoe" for row in rows):
         origin = "fitted on own runs" if term.fitted else "ASSUMED, not measured; set it with --eta or fit it"
         kappa = law.fit.kappa

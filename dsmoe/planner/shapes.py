@@ -25,6 +25,7 @@ HEAD_DIM = 64
 MLP_RATIO = 3
 ATTENTION, MLP = 4, 9  # matrices of d x d per layer: q, k, v, o; and three of d x 3d
 KINDS = ("dense", "smoe", "dsmoe")
+MOST_EXPERTS = 1_000_000  # far beyond any law
 
 
 @dataclass(frozen=True)
@@ -73,6 +74,10 @@ class Family:
             raise UserError(
                 f"{self.kind} with {self.num_experts} experts: a dense model has 1, others at least 1"
             )
+        if self.num_experts > MOST_EXPERTS:
+            raise UserError(
+                f"{self.kind} with {self.num_experts:.4g} experts: at most {MOST_EXPERTS:,} are planned"
+            )
         share = max(self.active_share, 1 / self.num_experts) if self.kind == "dsmoe" else 1.0
         object.__setattr__(self, "active_share", min(1.0, share))
 
@@ -93,8 +98,17 @@ class Family:
         return 2.0 * self.vocab_size * hidden_size + cubic * hidden_size**3
 
     def num_params_total(self, hidden_size: float) -> float:
-        """Parameters that memory holds, embeddings included."""
+        """All parameters as the law counts them, embeddings included; memory holds `num_params_stored`."""
         return self._count(hidden_size, self.num_experts if self.kind == "smoe" else 1)
+
+    def num_params_stored(self, hidden_size: float) -> float:
+        """`num_params_total` with what the law leaves out: routers and norms, as the configurations that a plan writes.
+
+        Those have RMSNorms before attention and MLP, of queries and of keys, and one at the end.
+        """
+        router = self.num_experts if self.num_experts > 1 else 0
+        per_layer = (router + 4) * hidden_size
+        return self.num_params_total(hidden_size) + hidden_size / HEAD_DIM * per_layer + hidden_size
 
     def num_params_active(self, hidden_size: float) -> float:
         """Parameters that a token uses in inference, embeddings included."""

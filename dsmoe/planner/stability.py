@@ -4,7 +4,7 @@ from collections.abc import Sequence
 
 from dsmoe.planner.lawfile import PlanningLaw
 from dsmoe.planner.limits import Limits
-from dsmoe.planner.optimum import optimise
+from dsmoe.planner.optimum import real_optimum
 from dsmoe.planner.shapes import Family
 
 MOST_DRAWS = 200  # keeps a plan under two seconds
@@ -15,7 +15,8 @@ def decision_shares(
 ) -> list[dict[str, float | None]]:
     """Share of the bootstrap draws in which each family is best, and best or tied.
 
-    Each draw sizes every family anew (over real hidden sizes) by its own coefficients.
+    Each draw sizes every family anew by its own coefficients, to a shape that can be built, as the rows are: an optimum
+    below the smallest one says nothing about the rows.
 
     Returns:
         One {"best_share", "best_or_tied_share"} per family; nulls for a law without draws.
@@ -25,8 +26,8 @@ def decision_shares(
         return [{"best_share": None, "best_or_tied_share": None} for _ in families]
     best, tied = [0] * len(families), [0] * len(families)
     for draw in draws:
-        optima = [optimise(family, draw.sized_loss(family), limits) for family in families]
-        losses = [float("inf") if optimum is None else optimum.loss for optimum in optima]
+        shapes = [real_optimum(family, draw.sized_loss(family), limits) for family in families]
+        losses = [float("inf") if shape is None else shape.loss for shape in shapes]
         least = min(losses)
         best[losses.index(least)] += 1
         for index, loss in enumerate(losses):

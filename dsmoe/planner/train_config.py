@@ -7,8 +7,8 @@ import yaml
 
 from dsmoe.files import write_text
 from dsmoe.planner.plan import Plan, Row
+from dsmoe.planner.recipe import SEQUENCE_LENGTH
 
-SEQUENCE_LENGTH = 2048
 ROUTER_LOSS = {
     "dense": {},
     "smoe": {"load_balancing_coef": 0.01},
@@ -52,11 +52,12 @@ def training_config(row: Row, context_length: int = 0) -> dict[str, Any]:
         config["router_loss"] = dict(ROUTER_LOSS[kind])
     if kind == "dsmoe" and fields["num_experts"] > 1:
         config["mask_phase"] = {"fraction": 0.2, "target_active": round(row.family.active_share, 4)}
+    sequences = fields["batch_tokens"] // SEQUENCE_LENGTH
     config["train"] = {
         "output_dir": f"runs/{config['name']}",
         "total_tokens": round(fields["tokens"]),
-        "global_batch_size": fields["batch_tokens"] // SEQUENCE_LENGTH,
-        "micro_batch_size": 4,
+        "global_batch_size": sequences,
+        "micro_batch_size": min(4, sequences),  # both are powers of two
         "precision": "bf16",
     }
     return config
@@ -73,6 +74,7 @@ def write_config(plan: Plan, rank: int, path: str | Path) -> None:
         f"# {row.family.name}, rank {rank} of a plan by `dsmoe plan`; law: {plan.law.name}.",
         f"# Predicted loss {fields['loss']:.4f} nats per token, not measured ({', '.join(marks) or 'in range'}).",
         "# Learning rate, batch and router losses are starting points. Give the text with --data.path FOLDER.",
+        *(f"# NOTE: {note}." for note in fields["recipe_notes"]),
     ]
     body = yaml.safe_dump(training_config(row, plan.limits.serving.context_length), sort_keys=False)
     write_text(path, "\n".join(header) + "\n" + body)

@@ -8,6 +8,8 @@ from typing import Any
 from dsmoe.config.routing import POLICY_NAMES
 from dsmoe.sparsify.families import ALLOCATED, GLOBAL, SCORES
 
+SEQUENCE_LENGTH = 256
+
 EPILOG = """examples:
  as sparse as a bound on quality allows, or as good as a budget allows; layers share the budget by calibration:
   dsmoe sparsify runs/dsmoe/final --max-loss-increase 0.5% --data DATA --split train --output runs/sparse
@@ -25,7 +27,8 @@ reference, against which a loss increase is measured, is the checkpoint as it is
 K of an SMoE. sparsity.json beside the weights holds all that was measured.
 
 With --policy, the attention experts of a model that has them follow the same threshold or top_p, and keep all under
-top_k, as in arXiv 2404.05567; --attention-policy says otherwise."""
+top_k, as in arXiv 2404.05567; --attention-policy says otherwise. Under --target-active they get a threshold of their own
+for the same share."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -49,8 +52,8 @@ def _add_goal(group: Any) -> None:
     group.add_argument(
         "--target-active", type=float, metavar="SHARE",
         help="the least loss at this share of active experts: mean over tokens and layers of kept experts / all "
-        "experts; attention experts count with their parameters (with --policy: of the MLP experts alone, by one "
-        "global threshold)",
+        "experts; attention experts count with their parameters (with --policy: of the MLP experts, and of attention "
+        "experts that follow them, by one global threshold each)",
     )  # fmt: skip
     group.add_argument(
         "--max-flops-per-token", type=float, metavar="X",
@@ -89,8 +92,9 @@ def _add_text(group: Any) -> None:
         help="tokens to measure on (default: %(default)s)",
     )  # fmt: skip
     group.add_argument(
-        "--sequence-length", type=int, default=256, help="tokens of a window (default: %(default)s)"
-    )
+        "--sequence-length", type=int,
+        help=f"tokens of a window (default: {SEQUENCE_LENGTH}, or the model's longest where that is shorter)",
+    )  # fmt: skip
     group.add_argument("--batch-size", type=int, default=16, help="windows of a batch (default: %(default)s)")
     group.add_argument("--device", help="where to measure (default: cuda where there is one, else cpu)")
 

@@ -1,8 +1,9 @@
 """Calibration text: a seeded sample of windows, from a token folder or from a file of documents."""
 
 import hashlib
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -85,6 +86,19 @@ def _batch(rows: Sequence[tuple[np.ndarray, np.ndarray]]) -> dict[str, Tensor]:
     }
 
 
+def read_documents(path: Path, limit: int | None = None) -> Iterator[str]:
+    """The documents of a file that are not blank: those would be an end of text each, and nothing else.
+
+    Raises:
+        UserError: a file that can't be read, or without any text.
+    """
+    found = (text for text in read_texts(path, limit=limit) if text.strip())
+    first = next(found, None)
+    if first is None:
+        raise UserError(f"{path}: no text to calibrate on; give a file with documents that are not blank")
+    return itertools.chain([first], found)
+
+
 def sample_documents(
     path: Path,
     tokenizer: "PreTrainedTokenizerBase",
@@ -106,7 +120,7 @@ def sample_documents(
     Raises:
         UserError: a file that can't be read, or without any text.
     """
-    texts = list(read_texts(path, limit=MAX_DOCUMENTS))
+    texts = list(read_documents(path, MAX_DOCUMENTS))
     random.Random(seed).shuffle(texts)
     batches: list[dict[str, Tensor]] = []
     seen = 0
@@ -115,8 +129,6 @@ def sample_documents(
         seen += int((batch["shift_labels"] >= 0).sum())
         if seen >= num_tokens:
             break
-    if not seen:
-        raise UserError(f"{path}: no text to calibrate on")
     return _described(batches, {"file": path.name, "seed": seed})
 
 

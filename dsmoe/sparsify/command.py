@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,18 +14,18 @@ from transformers import AutoTokenizer
 from dsmoe.allocator import keep_freed_memory
 from dsmoe.checkpoint.pretrained import load_pretrained
 from dsmoe.data.corpus import TokenCorpus
-from dsmoe.data.documents import read_texts
 from dsmoe.data.windows import evaluation_batches, text_batches
 from dsmoe.environment import default_device
 from dsmoe.errors import UserError
+from dsmoe.files import check_new_folder
 from dsmoe.model import DSMoEForCausalLM, set_routing
-from dsmoe.sparsify.arguments import EPILOG, add_arguments
+from dsmoe.sparsify.arguments import EPILOG, SEQUENCE_LENGTH, add_arguments
 from dsmoe.sparsify.budget import calibrated
-from dsmoe.sparsify.calibration import CalibrationText, sample_corpus, sample_documents
+from dsmoe.sparsify.calibration import CalibrationText, read_documents, sample_corpus, sample_documents
 from dsmoe.sparsify.measure import ActiveExperts, measure
-from dsmoe.sparsify.policies import PolicyRequest, resolve
+from dsmoe.sparsify.policies import TAKES, PolicyRequest, resolve
 from dsmoe.sparsify.unused import remove_unused
-from dsmoe.sparsify.write import human_report, sparsity_report, write_sparse
+from dsmoe.sparsify.write import human_report, sparsity_report, without_infinities, write_sparse
 
 # a policy by hand -> what it can't be combined with
 _ONLY_BY_HAND = ("threshold", "k", "top_p", "attention_policy", "attention_threshold", "attention_k")
@@ -46,16 +47,27 @@ def run(args: argparse.Namespace) -> None:
     _check(args)
     keep_freed_memory()
     model, folder = load_pretrained(args.checkpoint, torch.float32)
+    args.sequence_length = _sequence_length(args.sequence_length, model)
     model = _on_device(model, args.device or default_device())
     found = (
         _by_hand(args, model, folder)
         if args.policy
         else calibrated(args, model, _sample(args, model, folder))
     )
+    found = without_infinities(found)
     write_sparse(model, found, args.output, folder, args.overwrite)
     print(json.dumps(found, indent=2) if args.json else human_report(found))
     if not args.json:
         print(f"written to {args.output}")
+
+
+def _sequence_length(asked: int | None, model: DSMoEForCausalLM) -> int:
+    longest = model.config.max_position_embeddings
+    if asked is not None and asked > longest:
+        raise UserError(
+            f"--sequence-length {asked}: the model has max_position_embeddings {longest}; it must be at most that"
+        )
+    return min(SEQUENCE_LENGTH, longest) if asked is None else asked
 
 
 def _on_device(model: DSMoEForCausalLM, device: str) -> DSMoEForCausalLM:
@@ -66,18 +78,25 @@ def _on_device(model: DSMoEForCausalLM, device: str) -> DSMoEForCausalLM:
 
 
 def _check(args: argparse.Namespace) -> None:
-    if args.output.exists() and any(args.output.iterdir()) and not args.overwrite:
-        raise UserError(f"{args.output}: the folder is not empty; name another one or pass --overwrite")
+    # the model of a run's folder is in final/
+    inputs = [args.checkpoint, args.checkpoint / "final", args.data, args.text]
+    check_new_folder(args.output, overwrite=args.overwrite, inputs=filter(None, inputs))
     for name in ("max_tokens", "sequence_length", "batch_size"):
-        if getattr(args, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be at least 1")
+        value = getattr(args, name)
+        if value is not None and value < 1:
+            raise UserError(f"{_option(name)} {value}: must be at least 1")
+    if args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must be at least 0")
+    flops = args.max_flops_per_token
+    if flops is not None and not 0 < flops < math.inf:
+        raise UserError(f"--max-flops-per-token {flops:g}: must be a number above 0")
     if args.remove_unused is not None and not 0 <= args.remove_unused < 1:
         raise UserError(
             f"--remove-unused {args.remove_unused}: must be a share of the tokens, from 0 to below 1"
         )
     goals = [name for name in _GOALS if getattr(args, name) is not None]
     if args.policy is None and len(goals) != 1:
-        options = ", ".join(f"--{name.replace('_', '-')}" for name in _GOALS)
+        options = ", ".join(map(_option, _GOALS))
         raise UserError(f"give one of {options} (found by calibration), or --policy (by hand)")
     if args.policy is not None:
         mixed = [name for name in goals if name != "target_active"]
@@ -85,8 +104,50 @@ def _check(args: argparse.Namespace) -> None:
     else:
         mixed = [name for name in _ONLY_BY_HAND if getattr(args, name) is not None]
     if mixed:
-        option = f"--{mixed[0].replace('_', '-')}"
-        raise UserError(f"{option} goes {'without' if args.policy else 'only with'} --policy")
+        raise UserError(f"{_option(mixed[0])} goes {'without' if args.policy else 'only with'} --policy")
+    if args.policy is not None:
+        _check_policy_options(args)
+
+
+def _option(name: str) -> str:
+    return f"--{name.replace('_', '-')}"
+
+
+def _check_policy_options(args: argparse.Namespace) -> None:
+    """Refuse options that no policy takes, rather than pass over them."""
+    followed = args.attention_policy or _followed(args.policy)
+    for name in ("threshold", "k", "top_p", "target_active"):
+        # attention experts without a threshold of their own take that of the MLP experts; there is one --top-p
+        shared = name in ("threshold", "top_p") and name in TAKES[followed]
+        if not shared:
+            _check_taken(args, name, name, args.policy)
+    for name in ("threshold", "k"):
+        _check_taken(args, f"attention_{name}", name, followed)
+    if args.threshold is not None and args.target_active is not None:
+        raise UserError(
+            f"--target-active {args.target_active:g} chooses the threshold that --threshold {_given(args.threshold)} "
+            "sets; give one of them"
+        )
+
+
+def _check_taken(args: argparse.Namespace, option: str, name: str, policy: str) -> None:
+    value = getattr(args, option)
+    if value is not None and name not in TAKES[policy]:
+        takers = " or ".join(one for one in TAKES if name in TAKES[one])
+        part = "attention experts" if option.startswith("attention") else "MLP experts"
+        raise UserError(
+            f"{_option(option)} {_given(value)}: the policy of the {part} is {policy!r}, which has no use for it; it "
+            f"goes with {takers}"
+        )
+
+
+def _given(value: Any) -> str:
+    return ",".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _followed(policy: str) -> str:
+    """The policy of attention experts where none is named."""
+    return policy if policy in ("threshold", "top_p") else "dense"
 
 
 def _by_hand(args: argparse.Namespace, model: DSMoEForCausalLM, folder: Path) -> dict[str, Any]:
@@ -126,8 +187,11 @@ def _counts_are_fixed(model: DSMoEForCausalLM) -> bool:
 
 def _attention_request(args: argparse.Namespace, model: DSMoEForCausalLM) -> PolicyRequest:
     if model.config.num_attention_experts == 1 and args.attention_policy is None:
+        for name in ("attention_threshold", "attention_k"):
+            if (value := getattr(args, name)) is not None:
+                raise UserError(f"{_option(name)} {_given(value)}: the model has no attention experts")
         return PolicyRequest("dense")
-    name = args.attention_policy or (args.policy if args.policy in ("threshold", "top_p") else "dense")
+    name = args.attention_policy or _followed(args.policy)
     threshold = args.attention_threshold or args.threshold
     target = None
     if name in ("threshold", "threshold_top_k") and threshold is None:
@@ -141,8 +205,20 @@ def _sample(args: argparse.Namespace, model: DSMoEForCausalLM, folder: Path) -> 
     if args.data is not None:
         return sample_corpus(_corpus(args, model), args.split, *sizes)
     if args.text is not None:
-        return sample_documents(args.text, AutoTokenizer.from_pretrained(folder), *sizes)
+        return sample_documents(args.text, _tokenizer(folder), *sizes)
     raise UserError("calibration needs text: pass --calibration FILE or --data TOKEN_FOLDER")
+
+
+def _tokenizer(folder: Path) -> Any:
+    """The checkpoint's own tokenizer."""
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    # transformers and tokenizers raise many kinds for files that are missing or damaged
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(
+            f"{folder}: the checkpoint's tokenizer can't be read ({reason}); --data TOKEN_FOLDER needs none"
+        ) from None
 
 
 def _corpus(args: argparse.Namespace, model: DSMoEForCausalLM) -> TokenCorpus:
@@ -166,8 +242,8 @@ def _batches(
             )
         )  # fmt: skip
     if args.text is not None:
-        tokenizer = AutoTokenizer.from_pretrained(folder)
-        batches = text_batches(tokenizer, read_texts(args.text), args.sequence_length, args.batch_size)
+        tokenizer = _tokenizer(folder)
+        batches = text_batches(tokenizer, read_documents(args.text), args.sequence_length, args.batch_size)
         return list(_first(batches, args.max_tokens))
     return None
 

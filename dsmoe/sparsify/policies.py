@@ -12,6 +12,15 @@ from dsmoe.sparsify.measure import ActiveExperts
 
 Measure = Callable[[], ActiveExperts]
 
+# policy -> what may be asked of it; the k of threshold_top_k is fixed on text, its threshold may be
+TAKES: dict[str, tuple[str, ...]] = {
+    "dense": (),
+    "top_k": ("k",),
+    "threshold": ("threshold", "target_active"),
+    "top_p": ("top_p",),
+    "threshold_top_k": ("threshold", "target_active"),
+}
+
 
 @dataclass
 class PolicyRequest:
@@ -62,7 +71,7 @@ def resolve(
         return policies_per_layer(None, layers, num_experts, part)
     thresholds = request.threshold
     if request.target_active is not None:
-        if request.name not in ("threshold", "threshold_top_k"):
+        if "target_active" not in TAKES[request.name]:
             raise UserError(f"--target-active sets a threshold; policy {request.name!r} has none")
         thresholds = [
             _threshold_for(

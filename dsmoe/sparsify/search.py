@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 from tqdm import tqdm
 
 from dsmoe.errors import UserError
@@ -113,8 +114,13 @@ class Frontier:
             family: as in `at_share`.
 
         Raises:
-            UserError: none was found (for a bound below 0: the reference itself meets 0).
+            UserError: none was found (for a bound below 0: the reference itself meets 0), or text of a single document.
         """
+        if len(np.unique(self.comparer.cluster_ids())) < 2:
+            raise UserError(
+                f"a bound on the loss increase ({bound:g} nats) needs a standard error, and the calibration text is a "
+                "single document; give several, or a longer one (of more than four windows of --sequence-length)"
+            )
         own = family or self.family
         start = self._scan(own, bound)
         self._correct(start, own)

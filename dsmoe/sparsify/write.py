@@ -1,6 +1,7 @@
 """The sparse checkpoint: the model with its policies in the config, and sparsity.json beside it."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -118,16 +119,27 @@ def _calibration_lines(report: dict[str, Any]) -> list[str]:
     lines = []
     found = report.get("calibration")
     if found is not None:
+        error = found["standard_error"]
+        error = "unknown (a single document)" if error is None else f"{error:.5f}"
         lines = [
             f"family             {found['family']:>21}  (score: {found['score']})",
-            f"loss increase      {found['loss_increase']:>14.5f}  nats/token, standard error "
-            f"{found['standard_error']:.5f}, against the checkpoint as it was",
+            f"loss increase      {found['loss_increase']:>14.5f}  nats/token, standard error {error}, "
+            "against the checkpoint as it was",
             f"active experts     {found['active_share']:>14.1%}  of all experts, by their cost",
         ]
     removed = report.get("removed_experts")
     if removed is not None:
         lines.append(f"removed experts    {removed['num_removed']:>14,}")
     return lines
+
+
+def without_infinities(value: Any) -> Any:
+    """A report in which None stands for every number that JSON has no word for (the standard error of one document)."""
+    if isinstance(value, dict):
+        return {key: without_infinities(one) for key, one in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_infinities(one) for one in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _short(policy: dict[str, Any]) -> str:

@@ -93,9 +93,9 @@ def _group_means(values: Array, groups: NDArray[np.intp], sizes: NDArray[np.intp
 
 
 def interval(values: Array, level: float = 0.9) -> tuple[float, float] | None:
-    """The central interval of the finite draws; None if fewer than half are finite."""
+    """The central interval of the finite draws; None if fewer than half or fewer than two are finite."""
     finite = values[np.isfinite(values)]
-    if 2 * len(finite) < len(values) or not len(finite):
+    if 2 * len(finite) < len(values) or len(finite) < 2:
         return None
     low, high = np.quantile(finite, [(1 - level) / 2, (1 + level) / 2])
     return float(low), float(high)

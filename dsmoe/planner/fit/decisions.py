@@ -60,15 +60,17 @@ def decide(
     runs: Sequence[Run],
     flops: float,
     dsmoe_eta: tuple[Array, Array] | None = None,
+    band: float = TIE_BAND,
 ) -> dict[str, Any]:
     """The advice for one budget as JSON.
 
     Args:
         value: the fit, each coefficient [1].
-        draws: its bootstrap, each [S].
+        draws: its bootstrap, each [S]; S = 0 without one, and then no interval or share is given.
         runs: those fitted: their numbers of experts are compared, and their range says what is extrapolated.
         flops: training FLOPs.
         dsmoe_eta: eta of the fit [1] and of the draws [S], where DS-MoEs were fitted.
+        band: differences in loss up to this are ties (`dsmoe.planner.laws.tie_band`).
 
     Returns:
         "flops", "options" (one a kind and E: size, tokens and loss with 90% intervals, whether it ties with the best and
@@ -89,7 +91,7 @@ def decide(
         option |= {n: _with_interval(h, s) for n, h, s in zip(names, here, spread)}
         option["extrapolated"] = _outside(kind, number, here, runs)
         options.append(option)
-    return {"flops": flops, "best": _best(options, losses), "options": options}
+    return {"flops": flops, "best": _best(options, losses, band), "options": options}
 
 
 def _with_interval(here: Array, spread: Array) -> dict[str, Any]:
@@ -104,14 +106,16 @@ def _outside(kind: str, number: float, here: tuple[Array, ...], runs: Sequence[R
     return not (min(sizes) <= here[0][0] <= max(sizes) and min(tokens) <= here[1][0] <= max(tokens))
 
 
-def _best(options: list[dict[str, Any]], losses: list[tuple[float, Array]]) -> dict[str, Any] | None:
+def _best(
+    options: list[dict[str, Any]], losses: list[tuple[float, Array]], band: float
+) -> dict[str, Any] | None:
     values = np.array([here for here, _ in losses])
     if not np.isfinite(values).any():
         return None
     least = np.nanmin(values)
     for option, here in zip(options, values):
         option["loss_gap"] = float(here - least) if np.isfinite(here) else None
-        option["tie"] = bool(here - least <= TIE_BAND)
+        option["tie"] = bool(here - least <= band)
     drawn = np.stack([spread for _, spread in losses], axis=1)
     drawn = drawn[np.isfinite(drawn).any(axis=1)]
     winners = np.argmin(np.where(np.isfinite(drawn), drawn, np.inf), axis=1)

@@ -59,6 +59,8 @@ class Settings:
                 raise UserError(f"--{name} is {value!r}; it must be one of {', '.join(known)}")
         if not 0 <= self.hold_out < 1:
             raise UserError(f"--hold-out-largest is {self.hold_out}; it must be a share from 0 up to 1")
+        if self.seed < 0:
+            raise UserError(f"--seed is {self.seed}; it must be a whole number of at least 0")
         if self.draws < 0:
             raise UserError(f"--bootstrap is {self.draws}; it must be a number of draws, or 0 for none")
         if not self.huber_delta > 0 or not self.objective_scale > 0:
@@ -185,6 +187,12 @@ def _one_form(runs: Sequence[Run], settings: Settings, form: str) -> LawFit:
 def _best_form(runs: Sequence[Run], settings: Settings) -> LawFit:
     """The fit with the DS-MoE form that was asked for, or the one with the lower BIC."""
     several = len({run.num_experts for run in runs if run.kind == "dsmoe"}) > 1
+    if settings.dsmoe_form is not None and not any(run.kind == "dsmoe" for run in runs):
+        known = ", ".join(sorted({run.kind for run in runs}))
+        raise UserError(
+            f"--dsmoe-form {settings.dsmoe_form}: no run is a DS-MoE, their kinds are {known}; leave it out, or say "
+            "which are in a column kind (dsmoe)"
+        )
     if settings.dsmoe_form is not None or not any(run.kind == "dsmoe" for run in runs):
         return _one_form(runs, settings, settings.dsmoe_form or "eta")
     forms = DSMOE_FORMS if several else ("eta",)
@@ -254,6 +262,6 @@ def _identification_notes(fit: LawFit) -> list[str]:
         "gets worse by less than the noise or by under 0.0005 nats, or the 90% interval holds 0; read predictions in "
         "range, not these values"
     ]
-    if "e_max" in loose:
+    if "e_max" in loose and fit.draws:
         said.append("the interval of e_max is where the optimiser stays, not what the data say")
     return said

@@ -65,17 +65,20 @@ def read_study(path: Path) -> tuple[list[Run], list[str]]:
 
 def _run_of(summary: Any, path: Path, log: Path | None) -> tuple[Run, list[str]]:
     """The run that a summary tells of, and notes; `path` is for messages."""
-    model = SimpleNamespace(**_entry(_entry(summary, "config", path), "model", path, "config."))
+    described = _entry(_entry(summary, "config", path), "model", path, "config.")
+    if not isinstance(described, Mapping):
+        raise UserError(f"{path}: model is {described!r}; it must be the model's configuration")
+    model = SimpleNamespace(**described)
     notes: list[str] = []
     try:
         kind = str(_entry(summary, "kind", path))
         means = _mean_active(summary, log, model) if kind == "dsmoe" else None
+        share = None if means is None else sum(means["mlp"]) / len(means["mlp"]) / model.num_experts
         total = total_parameters(model)
         if kind == "dsmoe" and means is None and _policy_is_dense(model):
             active = total
-            name = summary.get("name", path.parent.name)
             notes.append(
-                f"{name}: no mean active experts in {SUMMARY} or {LOG}, so all parameters count as active"
+                f"{_name(summary, path)}: no mean active experts in {SUMMARY} or {LOG}, so all parameters count as active"
             )
         else:
             active = count_parameters(model, means).active
@@ -87,6 +90,11 @@ def _run_of(summary: Any, path: Path, log: Path | None) -> tuple[Run, list[str]]
         raise UserError(
             f"{path}: config.model has no {error.name!r}; it must be a summary of the trainer"
         ) from None
+    except (TypeError, KeyError, ArithmeticError) as error:  # a value of the wrong type, or a size of 0
+        raise UserError(
+            f"{path}: the parameters of run {_name(summary, path)!r} can't be counted ({error}); it must be a summary of "
+            "the trainer"
+        ) from None
     key = "validation_loss_sparse" if "validation_loss_sparse" in summary else "validation_loss"
     run = Run(
         kind=kind,
@@ -95,8 +103,9 @@ def _run_of(summary: Any, path: Path, log: Path | None) -> tuple[Run, list[str]]
         num_params_total=float(total),
         tokens=_number(summary, "tokens", path),
         loss=_number(summary, key, path),
-        name=str(summary.get("name", path.parent.name)),
-        seed=int(summary.get("seed", 0)),
+        name=_name(summary, path),
+        seed=_seed(summary, path),
+        active_share=share,
     )
     return checked(run, str(path)), notes
 
@@ -105,6 +114,17 @@ def _entry(found: Any, key: str, path: Path, prefix: str = "") -> Any:
     if not isinstance(found, Mapping) or key not in found:
         raise UserError(f"{path}: no entry {prefix}{key!s}; it must be a summary of the trainer")
     return found[key]
+
+
+def _name(summary: Mapping[str, Any], path: Path) -> str:
+    return str(summary.get("name", path.parent.name))
+
+
+def _seed(summary: Mapping[str, Any], path: Path) -> int:
+    seed = summary.get("seed", 0)
+    if not isinstance(seed, int):
+        raise UserError(f"{path}: seed is {seed!r}; it must be a whole number")
+    return seed
 
 
 def _number(summary: Any, key: str, path: Path) -> float:

@@ -9,7 +9,7 @@ from dsmoe.accounting.table import markdown_table
 from dsmoe.planner.fit.bootstrap import interval
 from dsmoe.planner.fit.decisions import decide, reduced
 from dsmoe.planner.fit.fitting import LawFit
-from dsmoe.planner.laws import COEFFICIENTS
+from dsmoe.planner.laws import COEFFICIENTS, tie_band
 
 
 def as_json(fit: LawFit, decide_flops: Sequence[float] = ()) -> dict[str, Any]:
@@ -98,6 +98,9 @@ def ranges(fit: LawFit) -> dict[str, list[float]]:
     dsmoe = [run.num_experts for run in fit.runs if run.kind == "dsmoe"]
     if dsmoe:
         found["dsmoe_num_experts"] = dsmoe
+    shares = [run.active_share for run in fit.runs if run.kind == "dsmoe" and run.active_share is not None]
+    if dsmoe and len(shares) == len(dsmoe):  # tables don't tell it
+        found["dsmoe_active_share"] = shares
     return {name: [float(min(values)), float(max(values))] for name, values in found.items()}
 
 
@@ -106,13 +109,11 @@ def decisions(fit: LawFit, budgets: Sequence[float]) -> list[dict[str, Any]]:
     if not (fit.structure.has_size and fit.structure.has_tokens):
         return []
     values = {name: np.array([value]) for name, value in fit.values.items()}
-    draws = fit.draws or values
-    eta = None
-    if fit.structure.dsmoe_form is not None:
-        both = fit.eta(typical_dsmoe_experts(fit))
-        assert both is not None
-        eta = both if fit.draws else (both[0], both[0])
-    return [decide(values, draws, fit.runs, float(flops), eta) for flops in budgets]
+    # without a bootstrap there are no draws, hence no intervals and no shares
+    draws = fit.draws or {name: np.array([]) for name in values}
+    eta = None if fit.structure.dsmoe_form is None else fit.eta(typical_dsmoe_experts(fit))
+    band = tie_band(fit.rmse_train)
+    return [decide(values, draws, fit.runs, float(flops), eta, band) for flops in budgets]
 
 
 def residuals(fit: LawFit) -> list[dict[str, Any]]:

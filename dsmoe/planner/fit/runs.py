@@ -23,6 +23,7 @@ class Run:
         loss: validation loss in nats per token; of a DS-MoE at its sparse policy where that was measured.
         name: what to call it in messages.
         seed: of the run; runs that differ in it alone form a group in the bootstrap.
+        active_share: mean share of its MLP experts that a DS-MoE runs; None: not known.
     """
 
     kind: str
@@ -33,6 +34,7 @@ class Run:
     loss: float
     name: str = ""
     seed: int = 0
+    active_share: float | None = None
 
     @property
     def training_flops(self) -> float:

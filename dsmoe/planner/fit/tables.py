@@ -69,10 +69,21 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         raise UserError(f"{path}: no such file")
     opener = gzip.open if path.suffix == ".gz" else open
     try:
-        with opener(path, "rt", encoding="utf-8", newline="") as handle:
-            yield from enumerate(csv.DictReader(handle), start=2)
+        # Excel starts a file with a byte order mark, which would become part of the first column's name
+        with opener(path, "rt", encoding="utf-8-sig", newline="") as handle:
+            table = csv.DictReader(handle)
+            _check_names(table.fieldnames or (), path)
+            yield from enumerate(table, start=2)
     except (UnicodeDecodeError, gzip.BadGzipFile, EOFError, csv.Error) as error:
         raise UserError(f"{path}: not a CSV file ({error})") from None
+
+
+def _check_names(columns: Sequence[str], path: Path) -> None:
+    """Refuse " Kind" for "kind": fields that may be left out would be missing without a word, and a DS-MoE be an SMoE."""
+    for column in columns:
+        meant = column.strip().lower()
+        if meant in FIELDS and column != meant and meant not in columns:
+            raise UserError(f"{path}: column {column!r} must be named {meant!r}, without capitals or spaces")
 
 
 def _cell(row: Mapping[str, str], column: str, path: Path) -> str:
@@ -136,6 +147,8 @@ def _run(row: Mapping[str, str], mapping: Mapping[str, str], path: Path, place: 
             _missing_named(row, kind, "kind", path)
         kind = "dense" if experts == 1 else "smoe"
     notes = []
+    if not given("kind") and not given("num_experts"):
+        notes.append(f"{path.name} has neither kind nor num_experts: all its runs count as dense")
     if kind == "dsmoe":
         total = number("num_params_total")
         active = number("num_params_active") if given("num_params_active") else total
