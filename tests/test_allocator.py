@@ -37,10 +37,11 @@ def run(mode, **environment):
 
 @glibc
 def test_blocks_are_used_again():
-    done, faults = run("keep")
-    assert done == "True"
-    # the block of the first round may be a few bytes short for the second
-    assert faults < PAGES // 5
+    # the block of the first round may be a few bytes short for the second; and now and then something small comes to lie
+    # behind it, and every other block is new
+    found = [run("keep") for _ in range(3)]
+    assert all(done == "True" for done, _ in found)
+    assert min(faults for _, faults in found) < PAGES // 5
 
 
 @glibc

@@ -142,7 +142,7 @@ def test_targets_that_cannot_be(tiny_config):
 
 
 def test_a_run_learns_several_budgets(train):
-    run = train("run", **PHASE, train__total_tokens=24 * 128)
+    run = train("run", **PHASE, train__total_tokens=24 * 128, train__micro_batch_size=8)
     assert run.status == 0
     lines = phase_lines(run)
     assert [line["step"] for line in lines] == list(range(7, 25))

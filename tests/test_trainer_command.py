@@ -116,6 +116,7 @@ def test_missing_file(capsys):
         ("optim.weight_decay", -0.1, "optim.weight_decay is -0.1"),
         ("optim.warmup_fraction", 3.0, "optim.warmup_fraction is 3.0; it must be a share from 0 to 1"),
         ("router_loss.mi_running_decay", 1.0, "router_loss.mi_running_decay is 1.0"),
+        ("router_loss.mi_final_factor", -0.5, "router_loss.mi_final_factor is -0.5"),
         ("mask_phase.gain", -5.0, "mask_phase.gain is -5.0"),
         ("model.head_dim", 0, "model.head_dim is 0"),
         ("model.initializer_range", -1.0, "model.initializer_range is -1.0"),

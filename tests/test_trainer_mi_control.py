@@ -158,7 +158,6 @@ def test_state_of_another_mode_is_left(tiny_config):
         {"mi_control_gain": 0.0},
         {"mi_control_threshold": -1.0},
         {"router_mi_loss_coef_mlp": 0.0},
-        {"mi_final_factor": -0.5},
     ],
 )
 def test_bad_settings_are_refused(changed):

@@ -134,10 +134,9 @@ class DSMoEConfig(PreTrainedConfig):
                      "num_attention_heads", "num_attention_experts", "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        for name in ("rope_theta", "rms_norm_eps"):
-            if not 0 < getattr(self, name) < math.inf:
-                raise UserError(f"model.{name} is {getattr(self, name)}; it must be above 0")
-        for name in ("initializer_range", "router_initializer_range"):
+        if not 0 < self.rope_theta < math.inf:
+            raise UserError(f"model.rope_theta is {self.rope_theta}; it must be above 0")
+        for name in ("rms_norm_eps", "initializer_range", "router_initializer_range"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
                 raise UserError(f"model.{name} is {value}; it must be at least 0")
