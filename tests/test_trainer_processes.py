@@ -17,13 +17,16 @@ HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 ROOT = Path(__file__).resolve().parents[1]
 # starting processes takes most of the time, so one launch runs the script for every arm
 DRIVER = """
-import json, math, pathlib, runpy, sys
+import functools, json, math, pathlib, runpy, sys
+import torch
 from accelerate import Accelerator
 from accelerate.state import AcceleratorState, GradientState
 from dsmoe.trainer.loop import TrainingRun
 from poison import poison
 end_training, one_step = Accelerator.end_training, TrainingRun._one_step
 Accelerator.end_training = lambda self: None  # it takes the process group down
+# without making C++ code, which takes seconds
+torch.compile = functools.partial(torch.compile, backend="aot_eager")
 runs = json.loads(open(sys.argv[1]).read())
 for number, run in enumerate(runs):
     if number == len(runs) - 1:
@@ -72,6 +75,9 @@ ARMS = {
     "accumulated": LARGE,
     "sharded": {**LARGE, "train__sharding": "fsdp2"},
     "sharded-accumulated": {**LARGE, "train__sharding": "fsdp2"},
+    "sharded-compiled": {**LARGE, "train__sharding": "fsdp2", "train__compile": True},
+    "compiled": {**LARGE, "train__compile": True},
+    "zero2-compiled": {**LARGE, "train__sharding": "zero2", "train__compile": True},
     "smoe": {
         **LARGE,
         "model__kind": "smoe",
@@ -110,6 +116,9 @@ MICRO = {
     "accumulated": (4, 2),
     "sharded": (8, 4),
     "sharded-accumulated": (4, 2),
+    "sharded-compiled": (8, 4),
+    "compiled": (8, 2),
+    "zero2-compiled": (4, 4),
     "smoe": (8, 2),
     "steered": (4, 2),
     "zero2": (4, 2),
@@ -172,7 +181,8 @@ def test_two_processes_equal_one(train, two_processes, name):
     from safetensors.torch import load_file
 
     needs_deepspeed(name)
-    one = train("one", **ARMS[name], train__micro_batch_size=MICRO[name][0])
+    alone = {"train__micro_batch_size": MICRO[name][0], "train__compile": False}
+    one = train("one", **{**ARMS[name], **alone})
     ours = read(two_processes / name)
     assert [line["step"] for line in ours] == [1, 2, 3, 4, 5, 6, 6]
     losses = [line["lm_loss"] for line in ours if "lm_loss" in line]

@@ -114,6 +114,8 @@ class TrainSettings:
         micro_batch_size: sequences per forward and process; the rest is accumulation.
         precision: "f32", or "bf16" (autocast; weights stay float32).
         float32_matmul: "auto" (oneDNN's fast mode on CPUs where a probe finds it accurate) or "strict".
+        compile: run the decoder layers through torch.compile, but for steps of the mask phase and validation; what the
+            first step takes longer depends on the layer, not on how many there are.
         gradient_checkpointing: recompute layers in the backward.
         sharding: "none" (every process holds the whole model), "fsdp2" (weights, gradients and moments are sharded
             over the processes by torch's fully_shard), "zero2" (DeepSpeed shards gradients and moments) or "zero3"
@@ -143,6 +145,7 @@ class TrainSettings:
     micro_batch_size: int = 32
     precision: typing.Literal["f32", "bf16"] = "f32"
     float32_matmul: typing.Literal["auto", "strict"] = "auto"
+    compile: bool = False
     gradient_checkpointing: bool = False
     recompute_experts: bool = False
     sharding: typing.Literal["none", "fsdp2", "zero2", "zero3"] = "none"

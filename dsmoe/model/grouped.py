@@ -3,7 +3,7 @@
 Without gradients a kernel does it in one call (see `dsmoe.model.kernels.inference`). Otherwise, and where that kernel
 can't be had, pairs are sorted by expert, so that each expert sees one contiguous block of rows: grouped products of
 torch on CUDA (untested there), a loop over experts elsewhere (see `dsmoe.model.expert_loop`). To torch.compile the
-layer is one opaque operation: its shapes depend on the mask's values.
+layer is one opaque operation, with gradients a break in the graph: its shapes depend on the mask's values.
 
 Shapes: T tokens, P kept pairs, N experts, D hidden size, F hidden units of one expert, H = 2F (swiglu) or F.
 """
@@ -103,8 +103,9 @@ def grouped_experts(
     device = "cpu" if x_TD.is_cpu else x_TD.device.type
     if torch.is_autocast_enabled(device):
         x_TD = x_TD.to(torch.get_autocast_dtype(device))
-    if not torch.is_grad_enabled() and torch.compiler.is_compiling():
-        return torch.ops.dsmoe.grouped_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+    if torch.compiler.is_compiling():
+        compute = _uncompiled if torch.is_grad_enabled() else torch.ops.dsmoe.grouped_experts
+        return compute(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
     y_TD = inference_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
     if y_TD is None:
         y_TD = _portable(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
@@ -118,6 +119,9 @@ def _portable(
     if x_TD.is_cpu and not (uses_grouped_mm(x_TD, up_NHD) and uses_grouped_mm(x_TD, down_NFD)):
         return looped_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
     return batched_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+
+
+_uncompiled = torch.compiler.disable(_portable)
 
 
 def batched_experts(

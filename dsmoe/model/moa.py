@@ -120,12 +120,14 @@ class MixtureOfHeads(KeyValueAttention):
         gated = out * gates_TA[:, kept].to(out.dtype).view(1, 1, -1, 1)
         return gated.flatten(2) @ self.experts_o_proj[kept].flatten(0, 1), weights
 
+    @torch.compiler.disable
     def _kept_pairs(
         self, x_BSD: Tensor, gates_TA: Tensor, mask_TA: Tensor, call: "_Call"
     ) -> tuple[Tensor, Tensor | None]:
         """Many tokens: projections of kept pairs only; the attention core still runs over all heads.
 
-        Tokens of one sequence keep different heads, and attention kernels take a rectangle of heads and positions.
+        Tokens of one sequence keep different heads, and attention kernels take a rectangle of heads and positions. Not
+        for torch.compile, which would make a graph for each number of pairs.
         """
         token_P, expert_P, counts_A = kept_pairs(mask_TA)
         x_TD = x_BSD.flatten(0, 1)

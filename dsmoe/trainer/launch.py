@@ -11,6 +11,7 @@ from dsmoe.allocator import keep_freed_memory
 from dsmoe.config.run import RunConfig
 from dsmoe.environment import tell_deepspeed
 from dsmoe.errors import UserError
+from dsmoe.trainer.compiled import settle_compile
 from dsmoe.trainer.zero_setup import (
     STAGES,
     flag,
@@ -25,7 +26,8 @@ def start(config: RunConfig) -> Accelerator:
     """Make the accelerator of a run.
 
     Args:
-        config: of the run; `train.sharding` becomes the launcher's where that asks for DeepSpeed.
+        config: of the run; `train.sharding` and `train.compile` become the launcher's where that asks for DeepSpeed
+            or for torch.compile.
 
     Raises:
         UserError: fewer processes came up than were asked for, or launcher and run contradict each other.
@@ -36,6 +38,7 @@ def start(config: RunConfig) -> Accelerator:
     # a single process has no group; naming a backend would make accelerate look for one
     num_processes = int(os.environ.get("WORLD_SIZE", "1"))
     settle_sharding(config.train)
+    settle_compile(config.train)
     tell_deepspeed()
     if on_cpu:
         keep_freed_memory()

@@ -3,6 +3,8 @@
 import dataclasses
 import json
 import time
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +25,7 @@ from dsmoe.model import DSMoEForCausalLM, set_recompute, use_routing
 from dsmoe.model.kernels import selected_kernel
 from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_factor
 from dsmoe.trainer.checkpointer import Checkpointer
+from dsmoe.trainer.compiled import CompiledLayers
 from dsmoe.trainer.cost import sizes_and_cost
 from dsmoe.trainer.distillation import Distiller
 from dsmoe.trainer.first_thresholds import first_thresholds
@@ -64,6 +67,9 @@ class TrainingRun:
         model, optimizer, self.raw_optimizer = self.parallel.prepare(
             self.raw_model, lambda model: build_optimizer(model, config.optim)
         )
+        self.layers_as_written: Callable[[], AbstractContextManager] = nullcontext
+        if config.train.compile:
+            self.layers_as_written = CompiledLayers(self.raw_model, accelerator.device.type).as_written
         running = None
         if config.router_loss.mi_statistics == "running":
             running = RunningMean(config.router_loss.mi_running_decay)
@@ -184,11 +190,14 @@ class TrainingRun:
     def _masked_step(self, batches: list[dict[str, torch.Tensor]], mi_factor: float) -> StepResult:
         """A step of the mask phase."""
         controller, before = self.controller, self.controller.state()
-        controller.start(lambda shares: first_thresholds(self.stepper, batches, shares))
-        with use_routing(self.raw_model, **controller.routing(self.step, self.raw_model.config.num_experts)):
-            result = self.stepper.step(batches, mi_factor)
-            if result.skipped is None:
-                self.state.masked.add(self.raw_model.config, result.statistics)
+        with self.layers_as_written():
+            controller.start(lambda shares: first_thresholds(self.stepper, batches, shares))
+            with use_routing(
+                self.raw_model, **controller.routing(self.step, self.raw_model.config.num_experts)
+            ):
+                result = self.stepper.step(batches, mi_factor)
+                if result.skipped is None:
+                    self.state.masked.add(self.raw_model.config, result.statistics)
         if result.skipped is None:
             statistics = result.statistics["mlp"]
             share = float((statistics.load_LN.mean() / statistics.num_tokens).item())
@@ -241,7 +250,8 @@ class TrainingRun:
         self._restart_clock()
 
     def _validate(self) -> dict[str, Any]:
-        found = self.validator.validate(self.controller)
+        with self.layers_as_written():
+            found = self.validator.validate(self.controller)
         self.log.write({"step": self.step, "tokens": self.step * self.config.tokens_per_step, **found})
         self._restart_clock()
         return found
@@ -267,13 +277,15 @@ class TrainingRun:
     def _finish(self) -> dict[str, Any]:
         found = self._validate()
         measured = self.validator.measured
+        with self.layers_as_written():
+            tested = self.validator.test(self.controller)
         summary: dict[str, Any] = {
             "name": self.config.name,
             "kind": self.raw_model.config.kind,
             "seed": self.seed,
             "tokens": self.config.total_steps * self.config.tokens_per_step,
             **found,
-            **self.validator.test(self.controller),
+            **tested,
             **self._cost(measured),
             "training_seconds": round(self.state.elapsed(), 1),
             "skipped_steps": self.state.guard.total,

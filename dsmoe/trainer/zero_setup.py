@@ -79,11 +79,14 @@ def flag(name: str) -> bool:
 
 @contextmanager
 def launcher_set_aside() -> Iterator[None]:
-    """Hide from accelerate what a launcher says about DeepSpeed; it is settled, and accumulation is the trainer's."""
+    """Hide from accelerate what a launcher says about DeepSpeed and torch.compile; it is settled.
+
+    Accumulation is the trainer's.
+    """
     hidden = {
         name: value
         for name, value in os.environ.items()
-        if name in _OURS or name.startswith("ACCELERATE_DEEPSPEED_")
+        if name in _OURS or name.startswith(("ACCELERATE_DEEPSPEED_", "ACCELERATE_DYNAMO_"))
     }
     for name in hidden:
         del os.environ[name]

@@ -1,0 +1,100 @@
+"""Decoder layers through torch.compile, one layer at a time.
+
+Layer by layer, since the layers are alike: the compiler works on one of them and finds the others' code in its cache, and
+whatever wraps layers (sharding, hooks) stays outside. Steps of the mask phase run the layers as they are written:
+their thresholds move with every step, and each would be compiled anew.
+"""
+
+import functools
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from dsmoe.config.run import TrainSettings
+from dsmoe.errors import UserError
+from dsmoe.model import DSMoEForCausalLM
+
+_LAUNCHER = "ACCELERATE_DYNAMO_BACKEND"
+# routers read their layer's policy, so a layer has a graph of its own, with gradients and without
+_GRAPHS_OF_A_LAYER = 4
+
+
+def settle_compile(train: TrainSettings) -> None:
+    """Let a launcher's wish for torch.compile be the run's; accelerate would compile every step of the mask phase.
+
+    Args:
+        train: `compile` is replaced.
+
+    Raises:
+        UserError: the launcher asks for another compiler than inductor, or sharding rules compilation out.
+    """
+    backend = os.environ.get(_LAUNCHER, "no").lower()
+    if backend not in ("no", "inductor"):
+        raise UserError(
+            f"the launch configuration has dynamo_backend {backend!r}; it must be 'no' or 'inductor' (train.compile)"
+        )
+    train.compile = train.compile or backend == "inductor"
+    if train.compile and train.sharding == "zero3":
+        raise UserError(
+            "train.compile with train.sharding 'zero3', whose hooks inside a layer can't be compiled; use 'fsdp2' or "
+            "'zero2'"
+        )
+
+
+class CompiledLayers:
+    """Compiles the decoder layers of a model in place; parameters, names and checkpoints stay as they are.
+
+    Args:
+        model: its layers' `forward` is replaced.
+        device_type: where it runs.
+
+    Raises:
+        UserError: torch.compile doesn't work here.
+    """
+
+    def __init__(self, model: DSMoEForCausalLM, device_type: str) -> None:
+        _probe(device_type)
+        layers = list(model.model.layers)
+        limits = torch._dynamo.config
+        limits.recompile_limit = max(limits.recompile_limit, _GRAPHS_OF_A_LAYER * len(layers))  # type: ignore[attr-defined]
+        limits.accumulated_recompile_limit = max(  # type: ignore[attr-defined]
+            limits.accumulated_recompile_limit,
+            limits.recompile_limit,  # type: ignore[attr-defined]
+        )
+        self._compiled = {layer: torch.compile(layer.forward, dynamic=False) for layer in layers}
+        self._replace()
+
+    def _replace(self) -> None:
+        for layer, compiled in self._compiled.items():
+            layer.forward = compiled
+
+    @contextmanager
+    def as_written(self) -> Iterator[None]:
+        """Inside, the layers run without the compiler."""
+        for layer in self._compiled:
+            del layer.forward
+        try:
+            yield
+        finally:
+            self._replace()
+
+
+@functools.cache
+def _probe(device_type: str) -> None:
+    """Compile something small both ways: a missing compiler should be told before the corpus is read."""
+    x = torch.ones(8, device=device_type, requires_grad=True)
+    try:
+        torch.compile(_small, dynamic=False)(x).sum().backward()
+    except Exception as error:  # the compiler stack's errors have no common base but this
+        message = " ".join(str(error).split())[:200]
+        raise UserError(
+            f"train.compile is true, and torch.compile doesn't work here ({type(error).__name__}: {message}); it needs "
+            f"{'Triton' if device_type == 'cuda' else 'a C++ compiler'}: install that, or set train.compile false"
+        ) from None
+
+
+def _small(x: Tensor) -> Tensor:
+    return torch.nn.functional.silu(x) * x

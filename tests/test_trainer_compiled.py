@@ -1,0 +1,152 @@
+"""Compiled decoder layers compute what the layers as written compute, and the mask phase stays out of it."""
+
+import functools
+import os
+
+import pytest
+import torch
+from torch._dynamo.utils import counters
+
+from dsmoe.config.run import RunConfig
+from dsmoe.errors import UserError
+from dsmoe.model import set_recompute, use_routing
+from dsmoe.trainer import compiled
+from dsmoe.trainer.compiled import CompiledLayers, settle_compile
+from dsmoe.trainer.launch import start
+
+# torch looks at `grad` of what it traces
+pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf")
+COMPILE = torch.compile
+
+
+@pytest.fixture(autouse=True)
+def _forget():
+    yield
+    torch._dynamo.reset()
+    compiled._probe.cache_clear()
+
+
+@pytest.fixture
+def traced(monkeypatch):
+    """torch.compile without its last step, which makes C++ code and takes seconds."""
+    monkeypatch.setattr(torch, "compile", functools.partial(COMPILE, backend="aot_eager"))
+
+
+def gradients(model, ids):
+    model.zero_grad()
+    loss = model(ids, labels=ids, use_cache=False).loss
+    loss.backward()
+    return {"loss": loss.detach(), **{name: tensor.grad for name, tensor in model.named_parameters()}}
+
+
+SPARSE = {"policy": "top_k", "k": 2}
+MODELS = {
+    "dense": {"kind": "dense", "num_experts": 1},
+    "dsmoe": {"gate_normalization": "l2", "normalize_embeddings": True},
+    "recompute": {},
+    "checkpointing": {},
+    "heads": {"num_attention_experts": 2, "qk_norm": "per_head"},
+    "smoe": {"kind": "smoe", "mlp_routing": SPARSE},
+    "smoe-heads": {
+        "kind": "smoe", "num_attention_experts": 2, "qk_norm": "per_head",
+        "attention_routing": {"policy": "top_k", "k": 1}, "mlp_routing": {"policy": "threshold", "threshold": 0.9},
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_gradients(tiny_model, traced, name):
+    model = tiny_model(**MODELS[name]).train()
+    set_recompute(model, name == "recompute")
+    if name == "checkpointing":
+        # renamed in transformers 5.23
+        (getattr(model, "activation_checkpointing_enable", None) or model.gradient_checkpointing_enable)()
+    batches = [torch.randint(model.config.vocab_size, (3, 8 + seed)) for seed in range(2)]
+    expected = [gradients(model, ids) for ids in batches]
+    names = [key for key, _ in model.named_parameters()]
+    counters.clear()
+    layers = CompiledLayers(model, "cpu")
+    found = [gradients(model, ids) for ids in batches]
+    assert counters["stats"]["unique_graphs"] > model.config.num_hidden_layers
+    # with all experts a layer is one graph; sparsely it has a break around each sparse part
+    assert bool(counters["graph_break"]) == name.startswith("smoe")
+    assert [key for key, _ in model.named_parameters()] == names
+    for ours, theirs in zip(found, expected):
+        for key, tensor in theirs.items():
+            torch.testing.assert_close(ours[key], tensor, rtol=1e-9, atol=1e-12, msg=key)
+    counters.clear()
+    with layers.as_written():
+        gradients(model, batches[0][:2])
+    assert not counters["stats"]
+
+
+def test_sparse_steps_make_no_graphs(tiny_model, traced):
+    """Another number of pairs in each batch, and the same two graphs a layer."""
+    model = tiny_model(kind="smoe", mlp_routing={"policy": "threshold", "threshold": 0.9}).train()
+    CompiledLayers(model, "cpu")
+    gradients(model, torch.randint(model.config.vocab_size, (3, 8)))
+    with torch._dynamo.config.patch(error_on_recompile=True):
+        for _ in range(3):
+            gradients(model, torch.randint(model.config.vocab_size, (3, 8)))
+
+
+def test_many_layers(tiny_model, traced):
+    """More layers than torch would compile by itself (8)."""
+    model = tiny_model(num_hidden_layers=9).train()
+    CompiledLayers(model, "cpu")
+    with torch._dynamo.config.patch(fail_on_recompile_limit_hit=True), use_routing(model):
+        gradients(model, torch.randint(model.config.vocab_size, (2, 6)))
+    assert counters["stats"]["unique_graphs"] >= 9
+
+
+def test_the_real_compiler(tiny_model):
+    model = tiny_model(num_hidden_layers=1).train()
+    ids = torch.randint(model.config.vocab_size, (2, 6))
+    expected = gradients(model, ids)
+    CompiledLayers(model, "cpu")
+    for key, tensor in gradients(model, ids).items():
+        torch.testing.assert_close(tensor, expected[key], rtol=1e-9, atol=1e-12, msg=key)
+
+
+def test_a_run(train, traced):
+    """A run with a mask phase."""
+    settings = {
+        "router_loss__router_mi_loss_coef_mlp": 0.1,
+        "mask_phase__fraction": 0.5,
+        "train__total_tokens": 6 * 128,
+    }
+    plain = train("plain", **settings)
+    counters.clear()
+    run = train("compiled", **settings, train__compile=True)
+    assert run.status == 0
+    assert counters["stats"]["unique_graphs"] > 1
+    assert run.losses() == pytest.approx(plain.losses(), rel=1e-4)
+    assert run.summary()["validation_loss_sparse"] == pytest.approx(
+        plain.summary()["validation_loss_sparse"], rel=1e-3
+    )
+    assert run.weights().keys() == plain.weights().keys()
+
+
+def test_no_compiler(train, monkeypatch, capsys):
+    def failing(*args, **kwargs):
+        raise RuntimeError("no g++\nanywhere")
+
+    monkeypatch.setattr(torch, "compile", failing)
+    assert train("run", train__compile=True).status == 2
+    assert "install that, or set train.compile false" in capsys.readouterr().err
+
+
+def test_the_launchers_wish(monkeypatch, train):
+    config = RunConfig()
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    accelerator = start(config)
+    assert config.train.compile
+    # and accelerate leaves the model alone
+    assert accelerator.state.dynamo_plugin.backend == "NO"
+    assert os.environ["ACCELERATE_DYNAMO_BACKEND"] == "INDUCTOR"
+    config.train.sharding = "zero3"
+    with pytest.raises(UserError, match="zero3"):
+        settle_compile(config.train)
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "CUDAGRAPHS")
+    with pytest.raises(UserError, match="dynamo_backend 'cudagraphs'"):
+        settle_compile(RunConfig().train)
