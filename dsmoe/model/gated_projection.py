@@ -11,6 +11,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsmoe.model.autocast import compute_dtype
+
 
 class _GatedProjection(torch.autograd.Function):
     """Saves its input, the gates and the Parameter itself."""
@@ -51,7 +53,6 @@ def gated_projection(heads_TAW: Tensor, gates_TA: Tensor, weight_AWD: Tensor) ->
     Returns:
         [T, D], in autocast's dtype where autocast is on, otherwise in that of `heads_TAW`.
     """
-    device = heads_TAW.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else heads_TAW.dtype
-    with torch.autocast(device, enabled=False):
+    dtype = compute_dtype(heads_TAW)
+    with torch.autocast(heads_TAW.device.type, enabled=False):
         return _GatedProjection.apply(heads_TAW, gates_TA, weight_AWD, dtype)

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsmoe.model.autocast import compute_dtype
 from dsmoe.model.expert_loop import looped_experts
 from dsmoe.model.kernels import eager, inference_experts
 from dsmoe.model.pairs import blocks, kept_pairs
@@ -99,10 +100,7 @@ def grouped_experts(
     Returns:
         [T, D], in autocast's dtype where autocast is on, otherwise in that of `x_TD`.
     """
-    # with cold caches, asking a tensor for its device's name takes as long as reading 500 kB of weights
-    device = "cpu" if x_TD.is_cpu else x_TD.device.type
-    if torch.is_autocast_enabled(device):
-        x_TD = x_TD.to(torch.get_autocast_dtype(device))
+    x_TD = x_TD.to(compute_dtype(x_TD))
     if torch.compiler.is_compiling():
         compute = _uncompiled if torch.is_grad_enabled() else torch.ops.dsmoe.grouped_experts
         return compute(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)

@@ -17,6 +17,7 @@ from transformers import Cache
 
 from dsmoe.config import DSMoEConfig
 from dsmoe.model.attention import KeyValueAttention
+from dsmoe.model.autocast import compute_dtype
 from dsmoe.model.gated_projection import gated_projection
 from dsmoe.model.grouped import grouped_linear
 from dsmoe.model.norm import RMSNorm
@@ -132,12 +133,7 @@ class MixtureOfHeads(KeyValueAttention):
         token_P, expert_P, counts_A = kept_pairs(mask_TA)
         x_TD = x_BSD.flatten(0, 1)
         # rotary embeddings leave keys in float32 under autocast
-        dtype = (
-            torch.get_autocast_dtype(x_TD.device.type)
-            if torch.is_autocast_enabled(x_TD.device.type)
-            else x_TD.dtype
-        )
-        q_PW = grouped_linear(x_TD[token_P].to(dtype), self.experts_q_proj, counts_A, "out_in")
+        q_PW = grouped_linear(x_TD[token_P].to(compute_dtype(x_TD)), self.experts_q_proj, counts_A, "out_in")
         q_TAW = q_PW.new_zeros(*mask_TA.shape, q_PW.shape[-1])
         q_TAW = q_TAW.index_put((token_P, expert_P), q_PW)
         out, weights = self._attend_by_expert(q_TAW.unflatten(0, x_BSD.shape[:2]), call)

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dsmoe.model.autocast import compute_dtype
 from dsmoe.model.kernels import gated_activation, gated_activation_backward, inference_experts
 from dsmoe.model.kernels.inference import MOST_TOKENS_OF_ALL_EXPERTS
 
@@ -222,8 +223,7 @@ def wide_experts(
         arXiv 2404.05567, section 3; the identity is derived above.
     """
     assert down_layout in ("NFD", "NDF"), down_layout
-    device = x_TD.device.type
-    dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_TD.dtype
+    dtype = compute_dtype(x_TD)
     if torch.compiler.is_compiling() and not torch.is_grad_enabled():
         return torch.ops.dsmoe.wide_experts(x_TD.to(dtype), gates_TN, up_NHD, down, mlp_type, down_layout)
     if x_TD.shape[0] <= MOST_TOKENS_OF_ALL_EXPERTS and not torch.compiler.is_compiling():
@@ -234,7 +234,7 @@ def wide_experts(
     if block_tokens is None:
         block_tokens = _default_block_tokens(x_TD, up_NHD.shape[0] * up_NHD.shape[1], dtype, recompute)
     setting = _Setting(mlp_type, dtype, down_layout, recompute, _blocks(x_TD.shape[0], block_tokens))
-    with torch.autocast(device, enabled=False):
+    with torch.autocast(x_TD.device.type, enabled=False):
         return _WideExperts.apply(x_TD, gates_TN, up_NHD, down, setting)
 
 

@@ -21,7 +21,7 @@ from dsmoe.data.loader import TrainLoader
 from dsmoe.environment import describe
 from dsmoe.errors import UserError
 from dsmoe.files import write_json
-from dsmoe.model import DSMoEForCausalLM, set_recompute, use_routing
+from dsmoe.model import use_routing
 from dsmoe.model.kernels import selected_kernel
 from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_factor
 from dsmoe.trainer.checkpointer import Checkpointer
@@ -35,7 +35,7 @@ from dsmoe.trainer.mask_phase import make_controller
 from dsmoe.trainer.matmul import choose_float32_matmul
 from dsmoe.trainer.mi_control import make_mi_controller
 from dsmoe.trainer.signals import StopSignals
-from dsmoe.trainer.starting_point import first_weights
+from dsmoe.trainer.starting_point import first_model
 from dsmoe.trainer.state import LoopState
 from dsmoe.trainer.statistics import RunningMean, report
 from dsmoe.trainer.step import Stepper, StepResult
@@ -61,7 +61,7 @@ class TrainingRun:
         )
         self.micro_batches = self._micro_batches()
         set_seed(seed)
-        self.raw_model = self._build_model()
+        self.raw_model = first_model(config, self.corpus)
         self.validator = Validator(config, self.corpus, accelerator, self.raw_model)
         self.parallel = strategy(accelerator, config.train.sharding, config.train.precision)
         model, optimizer, self.raw_optimizer = self.parallel.prepare(
@@ -117,25 +117,6 @@ class TrainingRun:
                 f"{train.micro_batch_size} times {world} process(es)"
             )
         return train.global_batch_size // per_round
-
-    def _build_model(self) -> DSMoEForCausalLM:
-        config = self.config.model_config()
-        if config.vocab_size < self.corpus.vocab_size:
-            raise UserError(
-                f"model.vocab_size {config.vocab_size} is below the {self.corpus.vocab_size} entries of the tokenizer "
-                f"in {self.config.data.path}"
-            )
-        if config.eos_token_id is None:
-            config.eos_token_id = config.bos_token_id = config.pad_token_id = self.corpus.eos_token_id
-        model = first_weights(self.config, config)
-        set_recompute(model, self.config.train.recompute_experts)
-        if self.config.train.gradient_checkpointing:
-            # renamed in transformers 5.23, which warns about the old name
-            if hasattr(model, "activation_checkpointing_enable"):
-                model.activation_checkpointing_enable()
-            else:
-                model.gradient_checkpointing_enable()
-        return model.train()
 
     # --- the loop -------------------------------------------------------------------------------------------
 

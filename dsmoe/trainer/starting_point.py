@@ -1,4 +1,4 @@
-"""A run that starts from the weights of a model folder."""
+"""The model that a run starts from: drawn at random, or that of a model folder."""
 
 from pathlib import Path
 
@@ -7,7 +7,9 @@ import torch
 from dsmoe.checkpoint.pretrained import load_pretrained, model_folder
 from dsmoe.config import DSMoEConfig
 from dsmoe.config.run import ModelSettings, RunConfig
-from dsmoe.model import DSMoEForCausalLM
+from dsmoe.data.corpus import TokenCorpus
+from dsmoe.errors import UserError
+from dsmoe.model import DSMoEForCausalLM, set_recompute
 from dsmoe.trainer.statistics import PARTS
 
 
@@ -40,13 +42,38 @@ def adopt_model(config: RunConfig) -> str | None:
     return note
 
 
-def first_weights(config: RunConfig, model_config: DSMoEConfig) -> DSMoEForCausalLM:
-    """The model at step 0: drawn at random, or that of `train.init_from`.
+def first_model(config: RunConfig, corpus: TokenCorpus) -> DSMoEForCausalLM:
+    """The model at step 0, in training mode and with the run's settings of recomputation.
 
     Args:
         config: of the run.
-        model_config: of the model to draw.
+        corpus: what it reads; its tokenizer's ids must fit.
+
+    Raises:
+        UserError: the corpus has more token ids than the model.
     """
+    model_config = config.model_config()
+    if model_config.vocab_size < corpus.vocab_size:
+        raise UserError(
+            f"model.vocab_size {model_config.vocab_size} is below the {corpus.vocab_size} entries of the tokenizer "
+            f"in {config.data.path}"
+        )
+    if model_config.eos_token_id is None:
+        model_config.eos_token_id = model_config.bos_token_id = model_config.pad_token_id = (
+            corpus.eos_token_id
+        )
+    model = _first_weights(config, model_config)
+    set_recompute(model, config.train.recompute_experts)
+    if config.train.gradient_checkpointing:
+        # renamed in transformers 5.23, which warns about the old name
+        if hasattr(model, "activation_checkpointing_enable"):
+            model.activation_checkpointing_enable()
+        else:
+            model.gradient_checkpointing_enable()
+    return model.train()
+
+
+def _first_weights(config: RunConfig, model_config: DSMoEConfig) -> DSMoEForCausalLM:
     if not config.train.init_from:
         return DSMoEForCausalLM(model_config)
     model = load_pretrained(Path(config.train.init_from), torch.float32)[0]
