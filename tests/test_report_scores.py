@@ -27,6 +27,9 @@ def test_a_study(train, held_out_corpus_dir, tmp_path, capsys, monkeypatch):
         train(f"{kind}-s0", **{"data.path": str(held_out_corpus_dir), "train.total_tokens": 512, **settings})
     words = [str(tmp_path / "toy.yaml"), "--output", str(tmp_path), "--data", str(held_out_corpus_dir), "--share", "0.5",
              "--tasks", "none", "--sequence-length", "16", "--device", "cpu"]  # fmt: skip
+    assert scores.main([*words, "--tasks", "piqa", "--include-path", str(tmp_path / "none")]) == 2
+    assert "no such folder of tasks" in capsys.readouterr().err
+    assert not (tmp_path / "dsmoe-s0" / "sparse-0.5").exists()
     record = tmp_path / "record"
     assert scores.main([*words, "--record", str(record)]) == 0
     dense, smoe, ours = read(tmp_path / "scores.json")["models"]

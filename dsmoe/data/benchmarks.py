@@ -206,6 +206,16 @@ def write_benchmarks(
     return final
 
 
+def tasks_folder(folder: str | Path) -> Path:
+    """The whole path of a folder of tasks; raises UserError where there is none."""
+    folder = Path(folder).expanduser().resolve()
+    if not folder.is_dir():
+        raise UserError(
+            f"{folder}: no such folder of tasks; make one with `dsmoe data benchmarks --output DIR`"
+        )
+    return folder
+
+
 def refresh_task_files(folder: str | Path) -> None:
     """Renew the absolute paths in a folder's task files if it, or lm-eval, has moved.
 
@@ -215,11 +225,7 @@ def refresh_task_files(folder: str | Path) -> None:
     Raises:
         UserError: no such folder, or its task files cannot be written.
     """
-    folder = Path(folder).expanduser().resolve()
-    if not folder.is_dir():
-        raise UserError(
-            f"{folder}: no such folder of tasks; make one with `dsmoe data benchmarks --output DIR`"
-        )
+    folder = tasks_folder(folder)
     if not (folder / "benchmarks.json").exists():
         return
     tasks = files.read_json(folder / "benchmarks.json")["tasks"]

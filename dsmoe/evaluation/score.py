@@ -79,7 +79,7 @@ def build_parser() -> argparse.ArgumentParser:
 def run(args: argparse.Namespace) -> None:
     """Score every model, write the results after each, and print the tables."""
     models = parse_models(args.model)
-    settings = _settings(args)
+    settings = checked_settings(args)
     from dsmoe.environment import describe
     from dsmoe.evaluation.loading import model_path
     from dsmoe.evaluation.results import ResultsFile
@@ -117,7 +117,9 @@ def parse_models(texts: Sequence[str]) -> dict[str, str]:
     return models
 
 
-def _settings(args: argparse.Namespace) -> Row:
+def checked_settings(args: argparse.Namespace) -> Row:
+    """What the scores depend on besides the models; raises UserError on options that can't work."""
+    from dsmoe.data.benchmarks import tasks_folder
     from dsmoe.evaluation.harness import parse_tasks
 
     for name in ("limit", "batch_size", "data_tokens", "sequence_length"):
@@ -125,6 +127,8 @@ def _settings(args: argparse.Namespace) -> Row:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     tasks = [] if args.tasks == "none" else parse_tasks(args.tasks)
+    if tasks and args.include_path is not None:
+        tasks_folder(args.include_path)
     corpus = None
     if args.data is not None:
         from dsmoe.data.corpus import TokenCorpus

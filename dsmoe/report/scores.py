@@ -54,11 +54,12 @@ def run(args: argparse.Namespace, of_score: Sequence[str]) -> None:
         raise UserError(f"{args.output}: no finished run of {args.study}; train/study.py makes them")
     if args.record is not None:
         _check_record(args, [run.name for run in finished])
-    models = [f"{run.name}={_folder(run, args)}" for run in finished]
-    words = [word for model in models for word in ("--model", str(model))]
     scores = args.output / "scores.json"
-    words += ["--data", args.data, "--resume", "--output", str(scores), *of_score]
-    if score.main(words):
+    words = ["--data", args.data, "--resume", "--output", str(scores), *of_score]
+    # before the first is sparsified, which takes a while
+    score.checked_settings(score.build_parser().parse_args(["--model", str(args.output), *words]))
+    models = [f"{run.name}={_folder(run, args)}" for run in finished]
+    if score.main([*(word for model in models for word in ("--model", model)), *words]):
         raise UserError(f"{scores}: scoring stopped, see above")
     if args.record is not None:
         given = f" --share {args.share:g} {' '.join(of_score)}".rstrip()
