@@ -114,8 +114,8 @@ class TrainSettings:
         micro_batch_size: sequences per forward and process; the rest is accumulation.
         precision: "f32", or "bf16" (autocast; weights stay float32).
         float32_matmul: "auto" (oneDNN's fast mode on CPUs where a probe finds it accurate) or "strict".
-        compile: run the decoder layers through torch.compile, but for steps of the mask phase and validation; what the
-            first step takes longer depends on the layer, not on how many there are.
+        compile: run the decoder layers through torch.compile, but for steps of the mask phase and validation; the first
+            step takes longer.
         gradient_checkpointing: recompute layers in the backward.
         sharding: "none" (every process holds the whole model), "fsdp2" (weights, gradients and moments are sharded
             over the processes by torch's fully_shard), "zero2" (DeepSpeed shards gradients and moments) or "zero3"

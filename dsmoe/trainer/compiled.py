@@ -1,6 +1,6 @@
 """Decoder layers through torch.compile, one layer at a time.
 
-Layer by layer, since the layers are alike: the compiler works on one of them and finds the others' code in its cache, and
+Layer by layer, since the layers are alike: each is traced, but the code of one serves the others from a cache, and
 whatever wraps layers (sharding, hooks) stays outside. Steps of the mask phase run the layers as they are written:
 their thresholds move with every step, and each would be compiled anew.
 """
@@ -84,7 +84,7 @@ class CompiledLayers:
 
 @functools.cache
 def _probe(device_type: str) -> None:
-    """Compile something small both ways: a missing compiler should be told before the corpus is read."""
+    """Compile something small both ways: a missing compiler is told in one line, before the first step."""
     x = torch.ones(8, device=device_type, requires_grad=True)
     try:
         torch.compile(_small, dynamic=False)(x).sum().backward()
