@@ -1,5 +1,7 @@
 """Evaluation batches: every token is a label exactly once, with the token before it as input."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -59,15 +61,39 @@ def test_isolation_masks_the_label_of_eos(tmp_path):
         assert torch.equal(batch["position_ids"] == 0, restart)
 
 
-def test_max_tokens_takes_from_every_source(tmp_path):
+def test_max_tokens_spreads_windows_over_every_source(tmp_path):
     streams = {"a": tokens_of(300, 0).tolist(), "b": tokens_of(100, 1).tolist()}
     corpus = write_corpus(
         tmp_path / "corpus", {name: {"validation": tokens} for name, tokens in streams.items()}
     )
     options = {"split": "validation", "sequence_length": 7, "batch_size": 2}
     pairs = labelled(evaluation_batches(corpus, max_tokens=40, **options))
-    assert pairs == expected(streams["a"][:30], streams["b"][:10])
+    # 30 of 40 labels are a's: 5 windows of its 43, in the middle of as many equal parts; 2 of b's 15
+    starts = [("a", 7 * place) for place in (4, 12, 21, 30, 38)] + [("b", 7 * place) for place in (3, 11)]
+    assert pairs == [pair for name, at in starts for pair in expected(streams[name])[at : at + 7]]
     assert len(labelled(evaluation_batches(corpus, max_tokens=10_000, **options))) == 400
+
+
+@given(length=st.integers(1, 300), size=st.integers(1, 20), max_tokens=st.integers(1, 300))
+@settings(deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture], max_examples=40)
+def test_a_part_is_as_large_as_asked_and_reaches_everywhere(tmp_path, length, size, max_tokens):
+    tokens = list(range(1, length + 1))
+    corpus = write_corpus(tmp_path / "corpus", {"a": {"validation": tokens}})
+    pairs = labelled(
+        evaluation_batches(
+            corpus, split="validation", sequence_length=size, batch_size=3, max_tokens=max_tokens
+        )
+    )
+    # every token follows its neighbour and none comes twice
+    assert set(pairs) <= set(expected(tokens)) and pairs == sorted(set(pairs), key=lambda pair: pair[1])
+    wanted = min(length, max_tokens)
+    assert (
+        wanted - size < len(pairs) < wanted + size
+    )  # whole windows; the last one of the stream may be short
+    # no part of the stream wider than two steps between windows is left out
+    labels = [0, *(label for _, label in pairs), length + 1]
+    step = -(-length // size) / -(-wanted // size) * size
+    assert max(right - left for left, right in pairwise(labels)) <= step + 2 * size
 
 
 @pytest.mark.parametrize("max_tokens", [60, 200, None])
@@ -82,19 +108,18 @@ def test_bytes_of_the_part_that_is_shown(tmp_path, max_tokens):
         streams[name], texts[name] = {"validation": tokens}, "".join(documents)
     corpus = write_corpus(tmp_path / "corpus", streams)
     assert corpus.eos_token_id == tokenizer.eos_token_id
-    found = shown_bytes_per_token(corpus, tokenizer, split="validation", max_tokens=max_tokens)
+    options = {"split": "validation", "sequence_length": 7, "max_tokens": max_tokens}
+    found = shown_bytes_per_token(corpus, tokenizer, **options)
     if max_tokens is None:
         assert found == corpus.bytes_per_token("validation")
         return
-    batches = evaluation_batches(
-        corpus, split="validation", sequence_length=7, batch_size=2, max_tokens=max_tokens
-    )
+    batches = evaluation_batches(corpus, batch_size=2, **options)
     labels = [label for _, label in labelled(batches)]
     # in a byte-level vocabulary a token's name has one character a byte
     sizes = [0 if label == EOS else len(tokenizer.convert_ids_to_tokens(label)) for label in labels]
     assert found == pytest.approx(sum(sizes) / len(sizes), rel=1e-12)
     whole = sum(map(len, texts.values())) / corpus.num_tokens("validation")
-    assert abs(found / whole - 1) > 0.01
+    assert abs(found / whole - 1) > 0.001
 
 
 def test_unknown_split(tmp_path):

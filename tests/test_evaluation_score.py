@@ -219,13 +219,22 @@ def test_only_results_can_be_resumed(tmp_path, damaged, name):
 def test_bits_per_byte_of_a_part_of_the_split(place, tmp_path):
     output = tmp_path / "results.json"
     words = ["--model", place / "twin", "--tasks", "none", "--data", place / "corpus", "--data-tokens", 20]
+    words += ["--sequence-length", 8]
     assert score.main([str(word) for word in [*words, "--output", output]]) == 0
     (row,) = read(output)["models"]
     tokenizer = AutoTokenizer.from_pretrained(place / "corpus" / "tokenizer")
-    tokens = TokenCorpus(place / "corpus").stream("a", "validation").read(0, 20).tolist()
+    corpus = TokenCorpus(place / "corpus")
+    length = row["validation_sequence_length"]
+    (batch,) = evaluation_batches(
+        corpus, split="validation", sequence_length=length, batch_size=9, max_tokens=20
+    )
+    tokens = batch["shift_labels"][batch["shift_labels"] != -100].tolist()
     num_bytes = sum(map(len, tokenizer.convert_ids_to_tokens(tokens)))
-    assert row["validation_tokens"] == 20 and num_bytes != 4 * 20  # 4 is what the whole split claims
-    assert row["bits_per_byte"] == pytest.approx(20 * row["validation_loss"] / math.log(2) / num_bytes)
+    assert row["validation_tokens"] == len(tokens) < corpus.num_tokens("validation")
+    assert num_bytes != 4 * len(tokens)  # 4 is what the whole split claims
+    assert row["bits_per_byte"] == pytest.approx(
+        len(tokens) * row["validation_loss"] / math.log(2) / num_bytes
+    )
 
 
 def test_names_of_models(tmp_path):

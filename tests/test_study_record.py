@@ -272,6 +272,21 @@ def test_runs_of_different_texts_are_not_compared(tmp_path):
     assert results["notes"] == [note] and table(results).endswith(note)
 
 
+def test_losses_of_different_parts_of_a_split_are_not_compared(tmp_path):
+    runs = [finished(tmp_path, group, seed, "a") for group in ("dsmoe", "dense") for seed in (0, 1)]
+    study = Study("toy", None, runs, pairs=[("dsmoe", "dense")])
+    assert collect(study, tmp_path)["notes"] == []  # all of them alike
+    for name in ("dsmoe-1k-s0", "dsmoe-1k-s1", "dense-1k-s1"):
+        path = tmp_path / name / "summary.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), "evaluation_windows": "spread"}))
+    results = collect(study, tmp_path)
+    assert results["pairs"][0]["seeds"] == [1]
+    assert results["notes"] == [
+        "dsmoe-1k - dense-1k: seed 0 left out, since the two runs were measured on different parts of a split.",
+        "Measured by an older version on the first tokens of each source, which is another text: dense-1k-s0.",
+    ]
+
+
 def test_flops_are_means_and_a_difference_is_told(tmp_path):
     runs = [finished(tmp_path, "dsmoe", seed, None, flops) for seed, flops in enumerate([1e9, 1.2e9])]
     runs += [finished(tmp_path, "dense", seed, None, flops) for seed, flops in enumerate([1e9, 1.009e9])]

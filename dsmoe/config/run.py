@@ -125,7 +125,7 @@ class TrainSettings:
         num_processes: how many processes must have come up; null: whatever was launched.
         num_threads: torch threads per process; 0: torch's default.
         eval_every_tokens: how often to validate; 0: only at the end.
-        eval_tokens: tokens of a validation.
+        eval_tokens: tokens of a validation, in windows spread over the split.
         eval_policy: routing policy at which mean active MLP experts and the sparse validation loss are reported
             along the way (DS-MoE only).
         log_every_steps: how often a line goes into log.jsonl.

@@ -1,4 +1,4 @@
-"""Evaluation batches: every token of a split, or of some texts, is a label exactly once.
+"""Evaluation batches: every token of a split, of windows spread over it, or of some texts, is a label exactly once.
 
 The input before the first token of a stream is eos, as if a document had just ended:
 
@@ -20,6 +20,9 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 IGNORED = -100
+# how the part of a split is chosen, told in a run's summary: losses of differently chosen parts can't be compared
+# (those of versions that took each source's first tokens have no such entry)
+PLACEMENT = "spread"
 
 
 def evaluation_batches(
@@ -31,15 +34,16 @@ def evaluation_batches(
     max_tokens: int | None = None,
     isolate_documents: bool = False,
 ) -> Iterator[dict[str, torch.Tensor]]:
-    """Yield batches in which every token of a split is a label exactly once, source after source.
+    """Yield batches in which every token of a split, or of a part of it, is a label exactly once, source after source.
 
     Args:
         corpus: the prepared corpus.
         split: "train", "validation" or "test".
         sequence_length: S, tokens of a window.
         batch_size: B, windows of a batch; the last batch may have fewer.
-        max_tokens: labels in all (each source gives its first tokens in proportion to its size, rounded up);
-            null: all.
+        max_tokens: labels in all; null: all. Each source gives windows in proportion to its size, rounded up, evenly
+            spread over the split: its first tokens may be a single document, and losses of one book compare models on
+            that book.
         isolate_documents: restart position_ids after each eos and mask the label of an eos, as in training.
             The first token of a document is then no label.
 
@@ -50,41 +54,47 @@ def evaluation_batches(
     Raises:
         UserError: no such split.
     """
-    shown = _shown(corpus, split, max_tokens)
-    chunk = batch_size * sequence_length
-
-    def windows() -> Iterator[np.ndarray]:
-        for stream, length in shown:
-            chunks = (stream.read(at, min(at + chunk, length)) for at in range(0, length, chunk))
-            yield from _windows(chunks, sequence_length, corpus.eos_token_id)
-
-    yield from _batches(windows(), batch_size, corpus.eos_token_id, isolate_documents)
+    shown = _shown(corpus, split, sequence_length, max_tokens)
+    eos = corpus.eos_token_id
+    windows = (
+        _window(stream, start, sequence_length, eos) for stream, starts in shown for start in starts.tolist()
+    )
+    yield from _batches(windows, batch_size, eos, isolate_documents)
 
 
 def shown_bytes_per_token(
-    corpus: TokenCorpus, tokenizer: "PreTrainedTokenizerBase", *, split: str, max_tokens: int | None = None
+    corpus: TokenCorpus,
+    tokenizer: "PreTrainedTokenizerBase",
+    *,
+    split: str,
+    sequence_length: int,
+    max_tokens: int | None = None,
 ) -> float:
     """UTF-8 bytes of text per token, eos counted, of what `evaluation_batches` shows of a split.
 
-    The whole split's are known; of a part they are those of its decoded tokens, exact but for a character that the
-    cut goes through.
+    The whole split's are known; of a part they are those of its decoded tokens, exact but for characters that a
+    window's edges go through.
 
     Args:
         corpus: the prepared corpus.
         tokenizer: its tokenizer.
         split: as in `evaluation_batches`.
+        sequence_length: the same.
         max_tokens: the same.
 
     Raises:
         UserError: no such split.
     """
-    shown = _shown(corpus, split, max_tokens)
-    num_tokens = sum(length for _, length in shown)
+    shown = [
+        stream.read(start, min(start + sequence_length, len(stream)))
+        for stream, starts in _shown(corpus, split, sequence_length, max_tokens)
+        for start in starts.tolist()
+    ]
+    num_tokens = sum(map(len, shown))
     if num_tokens == corpus.num_tokens(split):
         return corpus.bytes_per_token(split)
     num_bytes = 0
-    for stream, length in shown:
-        tokens = stream.read(0, length)
+    for tokens in shown:
         # eos is no text
         for document in np.split(tokens, np.flatnonzero(tokens == corpus.eos_token_id) + 1):
             ids = document[document != corpus.eos_token_id].tolist()
@@ -93,13 +103,23 @@ def shown_bytes_per_token(
     return num_bytes / num_tokens
 
 
-def _shown(corpus: TokenCorpus, split: str, max_tokens: int | None) -> list[tuple[TokenStream, int]]:
-    """The streams of a split, and how many first tokens of each are shown."""
+def _shown(
+    corpus: TokenCorpus, split: str, size: int, max_tokens: int | None
+) -> list[tuple[TokenStream, np.ndarray]]:
+    """The streams of a split, and where in each the windows that are shown begin."""
+    if size < 1:
+        raise UserError(f"sequence_length is {size}; it must be at least 1 token")
     total = corpus.num_tokens(split)
     streams = [stream for name in corpus.source_names if len(stream := corpus.stream(name, split))]
     shown = total if max_tokens is None else min(total, max_tokens)
-    # rounded up: max_tokens=1 still measures something of every source
-    return [(stream, -(-len(stream) * shown // total)) for stream in streams]
+
+    def starts(length: int) -> np.ndarray:
+        windows = -(-length // size)
+        # rounded up: max_tokens=1 still measures something of every source
+        wanted = windows if shown == total else min(windows, -(-length * shown // (total * size)))
+        return (2 * np.arange(wanted) + 1) * windows // (2 * wanted) * size
+
+    return [(stream, starts(len(stream))) for stream in streams]
 
 
 def text_batches(
@@ -146,6 +166,15 @@ def isolate(batch: dict[str, np.ndarray], eos_token_id: int) -> None:
     batch["shift_labels"][is_eos_BS] = IGNORED
 
 
+def _window(stream: TokenStream, start: int, size: int, eos_token_id: int) -> np.ndarray:
+    """(One token before +) at most `size` labels of a stream, padded with -1, which stands for no label."""
+    stop = min(start + size, len(stream))
+    window = np.full(size + 1, -1, dtype=np.int64)
+    window[0] = stream.read(start - 1, start)[0] if start else eos_token_id
+    window[1 : stop - start + 1] = stream.read(start, stop)
+    return window
+
+
 def _windows(chunks: Iterable[np.ndarray], size: int, eos_token_id: int) -> Iterator[np.ndarray]:
     """Cut a stream given in chunks into windows of (one token before +) at most `size` labels."""
     if size < 1:
@@ -164,7 +193,7 @@ def _windows(chunks: Iterable[np.ndarray], size: int, eos_token_id: int) -> Iter
             yield tokens[at : at + size + 1]
         rest, length = [tokens[cut:]], length - cut
     if length:
-        # padded with -1, which stands for no label
+        # padded as in _window
         yield np.concatenate([*rest, np.full(size - length, -1, dtype=np.int64)])
 
 

@@ -54,7 +54,12 @@ def build_parser() -> argparse.ArgumentParser:
         "--include-path", metavar="DIR", help="local tasks, from `dsmoe data benchmarks` (default: the Hub's)"
     )
     add("--data", metavar="DIR", help="prepared tokens, from `dsmoe data prepare`, for the validation loss")
-    add("--data-tokens", type=int, metavar="N", help="validation tokens to score (default: all)")
+    add(
+        "--data-tokens",
+        type=int,
+        metavar="N",
+        help="validation tokens to score, spread over the split (default: all)",
+    )
     add(
         "--sequence-length",
         type=int,
@@ -247,7 +252,9 @@ def _validation(name: str, loaded: Any, args: argparse.Namespace) -> Row:
         unit="batch",
         disable=None,
     )
-    size = shown_bytes_per_token(corpus, tokenizer, split="validation", max_tokens=args.data_tokens)
+    size = shown_bytes_per_token(
+        corpus, tokenizer, split="validation", sequence_length=length, max_tokens=args.data_tokens
+    )
     scored = validation_loss(loaded.model, bar, size)
     return {
         "validation_loss": scored["loss"],

@@ -233,7 +233,7 @@ def _corpus(args: argparse.Namespace, model: DSMoEForCausalLM) -> TokenCorpus:
 def _batches(
     args: argparse.Namespace, folder: Path, model: DSMoEForCausalLM
 ) -> list[dict[str, Tensor]] | None:
-    """The text's first batches, cut to --max-tokens; None without text."""
+    """At most --max-tokens of the text: windows spread over a split, or first batches of a file; None without text."""
     if args.data is not None:
         return list(
             evaluation_batches(

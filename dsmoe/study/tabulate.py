@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.accounting import markdown_table
+from dsmoe.data.windows import PLACEMENT
 from dsmoe.files import read_json
 from dsmoe.study.curves import follow, sentence
 from dsmoe.study.kept import Kept, digest
@@ -15,7 +16,7 @@ from dsmoe.trainer.seeds import spread
 
 COPIED = ("kind", "tokens", "validation_loss", "validation_loss_sparse", "test_loss", "test_loss_sparse",
           "active_experts_sparse", "mlp_active_fraction", "num_params_total", "num_params_active", "training_flops",
-          "training_seconds")  # fmt: skip
+          "training_seconds", "evaluation_windows")  # fmt: skip
 # the seeds of a point take the same steps, so a larger difference comes from how FLOPs were counted
 SAME_FLOPS = 0.01
 
@@ -64,7 +65,7 @@ def collect(study: Study, output: Path, kept: Kept | None = None) -> dict[str, A
         "pairs": [pair for names in study.pairs for pair in _pair(rows, *names)],
         "curves": [follow(curve, rows, _pair(rows, *curve.pair)) for curve in study.curves],
         "environment": environment,
-        "notes": [note for names in compared for note in _left_out(rows, *names)],
+        "notes": [*(note for names in compared for note in _left_out(rows, *names)), *_older_windows(rows)],
     }
 
 
@@ -125,15 +126,20 @@ def _matches(
         yield "-".join(ours), "-".join(theirs), common
 
 
-def _of_one_text(row: Row, other: Row) -> bool:
+def _unlike(row: Row, other: Row) -> str | None:
+    """Why the losses of two runs can't be compared; None where they can."""
     texts = {row.get("corpus"), other.get("corpus")} - {None}
-    return len(texts) < 2
+    if len(texts) > 1:
+        return "the two runs read different texts"
+    if row.get("evaluation_windows") != other.get("evaluation_windows"):
+        return "the two runs were measured on different parts of a split"
+    return None
 
 
 def _pair(rows: Sequence[Row], first: str, second: str) -> list[dict[str, Any]]:
     found = []
     for ours, theirs, matched in _matches(rows, first, second):
-        common = [both for both in matched if _of_one_text(*both)]
+        common = [both for both in matched if _unlike(*both) is None]
         if common:
             pair: dict[str, Any] = {
                 "first": ours,
@@ -151,9 +157,21 @@ def _pair(rows: Sequence[Row], first: str, second: str) -> list[dict[str, Any]]:
 def _left_out(rows: Sequence[Row], first: str, second: str) -> Iterator[str]:
     """A sentence for each two points of which `_pair` leaves seeds out."""
     for ours, theirs, matched in _matches(rows, first, second):
-        seeds = [str(both[0]["seed"]) for both in matched if not _of_one_text(*both)]
-        if seeds:
-            yield f"{ours} - {theirs}: seed {', '.join(seeds)} left out, since the two runs read different texts."
+        reasons = defaultdict(list)
+        for row, other in matched:
+            reasons[_unlike(row, other)].append(str(row["seed"]))
+        for reason, seeds in reasons.items():
+            if reason is not None:
+                yield f"{ours} - {theirs}: seed {', '.join(seeds)} left out, since {reason}."
+
+
+def _older_windows(rows: Sequence[Row]) -> Iterator[str]:
+    """A sentence where only some of the runs were measured on windows spread over a split."""
+    older = [row["name"] for row in rows if row.get("evaluation_windows") != PLACEMENT]
+    if 0 < len(older) < len(rows):
+        yield (
+            f"Measured by an older version on the first tokens of each source, which is another text: {', '.join(older)}."
+        )
 
 
 def mean_flops(rows: Sequence[Row]) -> float:

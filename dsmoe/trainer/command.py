@@ -17,6 +17,7 @@ from jsonargparse import ArgumentParser, Namespace
 
 from dsmoe.checkpoint import clean_leftovers, holds_checkpoints, told_when_full
 from dsmoe.config.run import RunConfig
+from dsmoe.data.windows import PLACEMENT
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import load_yaml, read_json, write_json, write_text
 from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
@@ -101,8 +102,8 @@ def _run(argv: Sequence[str] | None) -> None:
         return
     note = adopt_model(config)
     config.model_config()
-    if arguments.compare_to and not seed_summaries(Path(arguments.compare_to)):
-        raise UserError(f"--compare_to {arguments.compare_to}: no finished run there (no summary.json)")
+    if arguments.compare_to:
+        _check_twin(arguments.compare_to)
     accelerator = start(config)
     if note:
         accelerator.print(note)
@@ -125,6 +126,19 @@ def _run(argv: Sequence[str] | None) -> None:
         finish(accelerator)
     if end is not None:
         raise end
+
+
+def _check_twin(folder: str) -> None:
+    """Refuse, before training, a run that can't be compared to after it."""
+    summaries = seed_summaries(Path(folder))
+    if not summaries:
+        raise UserError(f"--compare_to {folder}: no finished run there (no summary.json)")
+    for seed, summary in summaries.items():
+        if summary.get("evaluation_windows") != PLACEMENT:
+            raise UserError(
+                f"--compare_to {folder}: seed {seed} was measured by an older version, on the first tokens of each "
+                "source instead of windows spread over the split; train it anew"
+            )
 
 
 def _take_over(root: Path, held: ExitStack) -> None:

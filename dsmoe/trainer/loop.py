@@ -18,6 +18,7 @@ from dsmoe.checkpoint import save_pretrained
 from dsmoe.config.run import RunConfig
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.data.loader import TrainLoader
+from dsmoe.data.windows import PLACEMENT
 from dsmoe.environment import describe
 from dsmoe.errors import UserError
 from dsmoe.files import write_json
@@ -267,6 +268,7 @@ class TrainingRun:
             "tokens": self.config.total_steps * self.config.tokens_per_step,
             **found,
             **tested,
+            "evaluation_windows": PLACEMENT,
             **self._cost(measured),
             "training_seconds": round(self.state.elapsed(), 1),
             "skipped_steps": self.state.guard.total,

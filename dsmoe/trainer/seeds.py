@@ -60,13 +60,20 @@ def compare(
     """Paired differences of a loss, of some runs less those of another run folder, over the seeds that both have.
 
     Raises:
-        UserError: no seed in common, or `second` holds runs of several configurations.
+        UserError: no seed in common, losses of different parts of a split, or `second` holds runs of several
+            configurations.
     """
     ours = {summary["seed"]: summary for summary in summaries}
     theirs = seed_summaries(second)
     common = sorted(set(ours) & set(theirs))
     if not common:
         raise UserError(f"{second} has no finished run of seed {', '.join(map(str, sorted(ours)))}")
+    for seed in common:
+        if ours[seed].get("evaluation_windows") != theirs[seed].get("evaluation_windows"):
+            raise UserError(
+                f"{second}: seed {seed} was measured by another version, on another part of the split; train both "
+                "with one version"
+            )
     found = [ours[seed][loss] - theirs[seed]["validation_loss"] for seed in common]
     result = spread(found)
     error, mean = result["stderr"], result["mean"]
