@@ -59,7 +59,7 @@ summary = {"kind": kind, "seed": seed, "tokens": tokens, "validation_loss": loss
 if kind == "dsmoe":
     summary["validation_loss_sparse"] = loss - 0.25
     summary["test_loss_sparse"] = loss - 0.25 - 0.1 * len(str(tokens))
-(folder / "log.jsonl").write_text(json.dumps({"step": 1, "lm_loss": loss, "router": {"mlp": [1, 2]}}) + "\\n")
+(folder / "log.jsonl").write_text(json.dumps({"step": 1, "lm_loss": loss, "router": {"mlp": {"load": [1, 2]}}}) + "\\n")
 (folder / "summary.json").write_text(json.dumps(summary))
 """
 
@@ -139,7 +139,7 @@ def test_a_record_says_what_is_missing(study, tmp_path):
     record = json.loads((tmp_path / "record" / "record.json").read_text())
     assert len(record["missing"]) == 8
     logs = [json.loads(line) for line in (tmp_path / "record" / "logs.jsonl").read_text().splitlines()]
-    assert logs[0] == {"run": "dsmoe-small-1k-s0", "step": 1, "lm_loss": 3.5}
+    assert logs[0] == {"run": "dsmoe-small-1k-s0", "step": 1, "lm_loss": 3.5, "router": {"mlp": {}}}
     assert [line["run"] for line in logs] == ["dsmoe-small-1k-s0", "dsmoe-small-1k-s1"]
     assert (tmp_path / "record" / "losses.png").read_bytes().startswith(b"\x89PNG")
     (tmp_path / "runs" / "mended").touch()

@@ -15,7 +15,8 @@ from dsmoe.files import write_json, write_text
 from dsmoe.records import write_record
 from dsmoe.study.kept import Kept, read_kept
 from dsmoe.study.launcher import is_finished, launch
-from dsmoe.study.plot import curves_plot, losses_plot
+from dsmoe.study.plot import curves_plot, losses_plot, routers_plot
+from dsmoe.study.routers import router_courses, shortened
 from dsmoe.study.spec import Study, StudyRun, read_study
 from dsmoe.study.tabulate import collect, table
 
@@ -25,9 +26,10 @@ EPILOG = """examples:
   python train/study.py configs/scaling/sweep.yaml --output runs/scaling --table-only --record eval/records/scaling-sweep
 
 Run it again after an interruption: finished runs are kept, the others go on from their last checkpoint. The output folder
-gets a folder per run, results.json, table.md, losses.png and, where the study has curves, curves.png; a record also
-the runs' logs (logs.jsonl). What a record holds of these settings and this text is not trained again where the run's
-folder is gone; without --record everything is. A record isn't replaced by one without its finished runs.
+gets a folder per run, results.json, table.md, the runs' logs (logs.jsonl), losses.png, curves.png where the study has
+curves, and routers.png (are experts used alike, does each token choose?). A record holds them too. What it holds of these
+settings and this text is not trained again where the run's folder is gone; without --record everything is. A record isn't
+replaced by one without its finished runs.
 """
 
 
@@ -107,9 +109,7 @@ def _carry_out(args: argparse.Namespace, study: Study, chosen: Sequence[StudyRun
     problems = []
     if results["runs"]:
         write_text(args.output / "table.md", table(results) + "\n")
-        losses_plot(results, args.output / "losses.png")
-        if _has_curves(results):
-            curves_plot(results, args.output / "curves.png")
+        files = ["results.json", *_draw(args.output, results, kept)]
         print(table(results))
     print(json.dumps({"finished": len(results["runs"]), "missing": len(results["missing"])}), file=sys.stderr)
     if failed:
@@ -120,7 +120,7 @@ def _carry_out(args: argparse.Namespace, study: Study, chosen: Sequence[StudyRun
         if lost:
             problems.append(_not_replaced(args.record, lost))
         else:
-            _write_record(args, study, results, kept)
+            _write_record(args, study, results, files)
     if problems:
         raise UserError("; ".join(problems))
 
@@ -180,15 +180,27 @@ def _clear_about_the_disk(output: Path) -> Iterator[None]:
         raise UserError(f"{error.filename}: {error.strerror}; it must be free to read and write") from None
 
 
-def _has_curves(results: Mapping[str, Any]) -> bool:
-    """Whether anything can be drawn yet: a study that has just begun has curves without points."""
-    return any(curve["points"] for curve in results["curves"])
+def _draw(output: Path, results: Mapping[str, Any], kept: Kept) -> list[str]:
+    """Write the runs' logs and what there is to look at; returns the names of the files."""
+    lines = list(_logs(output, results, kept))
+    write_text(output / "logs.jsonl", "".join(lines))
+    losses_plot(results, output / "losses.png")
+    names = ["losses.png"]
+    # a study that has just begun has curves without points
+    if any(curve["points"] for curve in results["curves"]):
+        curves_plot(results, output / "curves.png")
+        names.append("curves.png")
+    courses = router_courses(lines, results["runs"])
+    if courses:
+        routers_plot(courses, output / "routers.png")
+        names.append("routers.png")
+    return [*names, "logs.jsonl"]
 
 
-def _write_record(args: argparse.Namespace, study: Study, results: Mapping[str, Any], kept: Kept) -> None:
+def _write_record(
+    args: argparse.Namespace, study: Study, results: Mapping[str, Any], files: Sequence[str]
+) -> None:
     """The record of what is finished; it says so where something is missing."""
-    write_text(args.output / "logs.jsonl", "".join(_logs(args.output, results, kept)))
-    names = ["results.json", "losses.png", *(["curves.png"] if _has_curves(results) else []), "logs.jsonl"]
     missing = len(results["missing"])
     partial = f"PARTIAL: {missing} of {len(study.runs)} runs are missing. " if missing else ""
     write_record(
@@ -196,14 +208,14 @@ def _write_record(args: argparse.Namespace, study: Study, results: Mapping[str, 
         title=study.title,
         command=f"python train/study.py {args.study} --output {args.output} --record {args.record}",
         conclusion=f"{partial}{study.conclusion}\n\n{table(results)}",
-        files=[args.output / name for name in names],
+        files=[args.output / name for name in files],
         details={"data": results["environment"].get("corpus"), "missing": results["missing"]},
         overwrite=True,
     )
 
 
 def _logs(output: Path, results: Mapping[str, Any], kept: Kept) -> Iterator[str]:
-    """The log lines of the finished runs, each with the run's name; without the routers' statistics, which are long."""
+    """The log lines of the finished runs, each with the run's name; of the routers' statistics the short ones."""
     for run in results["runs"]:
         path = output / run["name"] / "log.jsonl"
         # a run that has begun again stands in the results as the record has it
@@ -211,5 +223,4 @@ def _logs(output: Path, results: Mapping[str, Any], kept: Kept) -> Iterator[str]
             yield from kept.logs[run["name"]]
             continue
         for line in path.read_text(encoding="utf-8").splitlines():
-            fields = {name: value for name, value in json.loads(line).items() if name != "router"}
-            yield json.dumps({"run": run["name"], **fields}) + "\n"
+            yield json.dumps({"run": run["name"], **shortened(json.loads(line))}) + "\n"

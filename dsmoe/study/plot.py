@@ -1,7 +1,7 @@
-"""The pictures of a study: the loss of every point with its spread over seeds, and differences along curves."""
+"""The pictures of a study: the loss of every point with its spread over seeds, differences along curves, its routers."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -71,4 +71,34 @@ def curves_plot(results: Mapping[str, Any], path: str | Path) -> None:
         panel.grid(alpha=0.3)
         panel.legend(fontsize=8)
     panels[0][0].set_ylabel("difference on test (nats per token)")
+    save_figure(figure, path)
+
+
+def routers_plot(
+    courses: Mapping[str, Mapping[str, Sequence[tuple[int, float, float]]]], path: str | Path
+) -> None:
+    """Balance and choice of routers against tokens, one row a part.
+
+    Args:
+        courses: of `dsmoe.study.routers.router_courses`, with at least one run.
+        path: the PNG.
+    """
+    plt = pyplot()
+    figure, rows = plt.subplots(
+        len(courses), 2, figsize=(10.5, 3.6 * len(courses)), squeeze=False, sharex=True, sharey=True
+    )
+    for (part, runs), panels in zip(courses.items(), rows):
+        colours = plt.get_cmap("turbo")
+        for place, (name, course) in enumerate(runs.items()):
+            colour = colours(place / max(1, len(runs) - 1))
+            tokens = [line[0] for line in course]
+            for panel, at in zip(panels, (1, 2)):
+                panel.plot(tokens, [line[at] for line in course], color=colour, linewidth=1.2, label=name)
+        panels[0].set_ylabel(f"{part} routers, mean over layers")
+        panels[0].set_title("balance: H(mean p) / log N (1: all experts alike)", fontsize=9)
+        panels[1].set_title("choice: mean H(p) / log N (0: one expert a token)", fontsize=9)
+        panels[1].legend(fontsize=7, loc="center left", bbox_to_anchor=(1.01, 0.5))
+        for panel in panels:
+            panel.grid(alpha=0.3)
+            panel.set_xlabel("tokens")
     save_figure(figure, path)
