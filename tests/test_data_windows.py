@@ -96,7 +96,7 @@ def test_a_part_is_as_large_as_asked_and_reaches_everywhere(tmp_path, length, si
     assert max(right - left for left, right in pairwise(labels)) <= step + 2 * size
 
 
-@pytest.mark.parametrize("max_tokens", [60, 200, None])
+@pytest.mark.parametrize("max_tokens", [20, 200, None])
 def test_bytes_of_the_part_that_is_shown(tmp_path, max_tokens):
     # bytes a token vary from source to source and from part to part
     sources = {"a": ["The cat sat. " * 9, "on a mat"] * 6, "b": ["xyzzy qwrt " * 5, "The cat sat. " * 40]}
@@ -119,7 +119,7 @@ def test_bytes_of_the_part_that_is_shown(tmp_path, max_tokens):
     sizes = [0 if label == EOS else len(tokenizer.convert_ids_to_tokens(label)) for label in labels]
     assert found == pytest.approx(sum(sizes) / len(sizes), rel=1e-12)
     whole = sum(map(len, texts.values())) / corpus.num_tokens("validation")
-    assert abs(found / whole - 1) > 0.001
+    assert abs(found / whole - 1) > 0.01
 
 
 def test_unknown_split(tmp_path):
