@@ -90,7 +90,26 @@ def test_decode_speed_generates_past_the_end_of_text():
     model = dsmoe_model(num_experts=4, eos_token_id=0)
     with torch.no_grad():
         model.get_input_embeddings().weight.zero_()  # all logits equal: greedy decoding says token 0 at once
-    assert decode_tokens_per_second(model, 50, prompt_length=4, new_tokens=5, repeats=1) > 0
+    assert decode_tokens_per_second(model, 50, prompt_length=4, new_tokens=5, repeats=1, seconds=0) > 0
+
+
+def test_decode_speed_is_that_of_the_fastest_call(monkeypatch):
+    durations = iter([9.0, 4.0, 1.0, 5.0, 2.0])  # the first is the warm-up; 4 + 1 + 5 reach the 10 seconds
+    now = 0.0
+
+    def clock():
+        nonlocal now
+        now += next(durations) if clock.running else 0.0
+        clock.running = not clock.running
+        return now
+
+    clock.running = False
+    monkeypatch.setattr("dsmoe.evaluation.speed.time.perf_counter", clock)
+    speed = decode_tokens_per_second(
+        dsmoe_model(num_experts=4), 50, prompt_length=4, new_tokens=5, repeats=1, seconds=10
+    )
+    assert speed == 5 / 1.0
+    assert next(durations) == 2.0  # no further call
 
 
 @pytest.mark.parametrize("k", [None, 3])
