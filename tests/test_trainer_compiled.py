@@ -5,6 +5,7 @@ import os
 
 import pytest
 import torch
+import yaml
 from torch._dynamo.utils import counters
 
 from dsmoe.config.run import RunConfig
@@ -125,6 +126,14 @@ def test_a_run(train, traced):
         plain.summary()["validation_loss_sparse"], rel=1e-3
     )
     assert run.weights().keys() == plain.weights().keys()
+
+
+def test_the_runs_config_says_what_the_launcher_asked_for(train, monkeypatch, traced):
+    monkeypatch.setenv("ACCELERATE_DYNAMO_BACKEND", "INDUCTOR")
+    run = train("run", train__total_tokens=128)
+    written = yaml.safe_load((run.folder / "config.yaml").read_text())
+    assert written["train"]["compile"] is True
+    assert run.summary()["config"]["train"]["compile"] is True
 
 
 def test_no_compiler(train, monkeypatch, capsys):

@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+import yaml
 from torch.nn import functional
 
 from dsmoe import cli
@@ -54,6 +55,11 @@ def test_a_run_starts_from_the_weights_of_another(train, dense_run):
     assert before.keys() == after.keys()
     for name, value in before.items():
         torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+    # its config.yaml tells the model that was trained
+    assert (
+        yaml.safe_load((still.folder / "config.yaml").read_text())["model"]
+        == still.summary()["config"]["model"]
+    )
 
 
 def test_a_sparsified_model_trains_with_all_its_experts(train, dense_run, capsys):

@@ -84,7 +84,11 @@ def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, Any, str]:
     sections = {name: getattr(made, name) for name in RunConfig.__dataclass_fields__}
     config = RunConfig(**sections)
     config.check()
-    return config, made, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
+    return config, made, _as_yaml(config)
+
+
+def _as_yaml(config: RunConfig) -> str:
+    return yaml.safe_dump(dataclasses.asdict(config), sort_keys=False)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -114,7 +118,7 @@ def _run(argv: Sequence[str] | None) -> None:
             accelerator.init_trackers(config.name)
         end = None
         try:
-            summaries = _train_seeds(config, resolved, accelerator, signals)
+            summaries = _train_seeds(config, accelerator, signals)
         except Stopped as stopped:
             # without its frames, which hold the model
             end = stopped.with_traceback(None)
@@ -148,9 +152,7 @@ def _take_over(root: Path, held: ExitStack) -> None:
     clean_leftovers([*folders, *(folder / "checkpoints" for folder in folders)])
 
 
-def _train_seeds(
-    config: RunConfig, resolved: str, accelerator: Accelerator, signals: StopSignals
-) -> list[dict[str, Any]]:
+def _train_seeds(config: RunConfig, accelerator: Accelerator, signals: StopSignals) -> list[dict[str, Any]]:
     """One run a seed, one after the other; returns their summaries."""
     root, summaries = Path(config.train.output_dir), []
     for seed in config.train.seeds:
@@ -163,7 +165,8 @@ def _train_seeds(
         run = TrainingRun(copy.deepcopy(config), seed, folder, accelerator, signals)
         run.begin()
         if accelerator.is_main_process:
-            write_text(root / "config.yaml", resolved)
+            # as it is run: with what the launcher asked for and the model of train.init_from
+            write_text(root / "config.yaml", _as_yaml(config))
         summaries.append(run.run())
         # otherwise its weights and moments would stand beside the next model's
         del run
