@@ -70,6 +70,13 @@ LARGE = {
     "train__total_tokens": 6 * 128,
     "train__save_every_steps": 4,
 }
+# the mask phase learns from the model itself with all its experts
+TAUGHT = {
+    "router_loss__load_balancing_coef": 3.0,
+    "mask_phase__fraction": 0.5,
+    "mask_phase__target_active": 0.5,
+    "distillation__coef": 0.5,
+}
 ARMS = {
     "plain": LARGE,
     "accumulated": LARGE,
@@ -93,8 +100,11 @@ ARMS = {
         "mask_phase__fraction": 0.5,
         "mask_phase__targets": [0.5, 0.75, 1.0],
     },
+    "sharded-taught": {**LARGE, **TAUGHT, "train__sharding": "fsdp2"},
     "zero2": {**LARGE, "train__sharding": "zero2"},
     "zero3": {**LARGE, "train__sharding": "zero3"},
+    "zero2-taught": {**LARGE, **TAUGHT, "train__sharding": "zero2"},
+    "zero3-taught": {**LARGE, **TAUGHT, "train__sharding": "zero3"},
     "zero2-broken": {**LARGE, "train__sharding": "zero2"},
     "zero3-broken": {**LARGE, "train__sharding": "zero3"},
 }
@@ -121,8 +131,11 @@ MICRO = {
     "zero2-compiled": (4, 4),
     "smoe": (8, 2),
     "steered": (4, 2),
+    "sharded-taught": (4, 2),
     "zero2": (4, 2),
     "zero3": (8, 4),
+    "zero2-taught": (8, 4),
+    "zero3-taught": (8, 4),
     "zero2-broken": (8, 4),
     "zero3-broken": (4, 2),
 }

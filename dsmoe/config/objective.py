@@ -115,11 +115,12 @@ class MaskPhaseSettings:
 
 @dataclass
 class DistillationSettings:
-    """While the forward is sparse, the model also learns from the all-experts mode (untested with `train.sharding`).
+    """While the forward is sparse, the model also learns from the all-experts mode.
 
     Args:
         coef: weight of KL(teacher || student); the language-modelling loss gets 1 - coef. 0: none.
-        teacher: model folder of a frozen teacher, run with all its experts; empty: the model itself.
+        teacher: model folder of a frozen teacher, run with all its experts and whole on each process (untested with
+            `train.sharding`); empty: the model itself.
     """
 
     coef: float = 0.0
