@@ -33,7 +33,8 @@ class RouterLossSettings:
         mi_target_active: wanted share of experts above the threshold, between 0 and 1.
         mi_control_gain: relative change of the coefficient per step and unit of relative error.
         mi_control_threshold: on N * p (the paper's epsilon).
-        load_balancing_coef: Switch load balancing (SMoE).
+        load_balancing_coef: Switch load balancing; beside the mutual information it also keeps the routers of a DS-MoE
+            from collapsing onto few experts early on.
         router_z_loss_coef: z-loss of all routers.
     """
 
