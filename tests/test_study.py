@@ -365,36 +365,49 @@ def test_curves_without_points_are_not_drawn_yet(study, tmp_path):
     assert (tmp_path / "record" / "curves.png").exists()
 
 
-def test_a_line_and_its_intervals_are_those_of_scipy():
+def test_a_line_through_the_means_of_places_and_its_intervals_are_those_of_scipy():
     generator = np.random.default_rng(0)
-    at = np.repeat([2e6, 8e6, 3e7], 3)
+    places = np.array([2e6, 5e6, 8e6, 3e7])
+    at = np.repeat(places, [3, 3, 2, 1])  # a place of one seed counts as much as one of three
     differences = 0.02 - 0.03 * np.log10(at / 2e6) + generator.normal(0, 0.01, at.size)
     found = fit_line(at, differences)
-    expected = stats.linregress(np.log10(at), differences)
-    half = stats.t.ppf(0.975, at.size - 2) * expected.stderr
+    means = [differences[at == place].mean() for place in places]
+    expected = stats.linregress(np.log10(places), means)
+    half = stats.t.ppf(0.975, 2) * expected.stderr
     assert found["slope"] == pytest.approx(expected.slope)
     assert found["slope_interval"] == pytest.approx([expected.slope - half, expected.slope + half])
+    assert (found["num_places"], found["num_differences"]) == (4, 9)
     assert found["ahead"][1]["at"] == 9e7
     assert found["ahead"][1]["difference"] == pytest.approx(
         expected.intercept + expected.slope * np.log10(9e7)
     )
 
 
-def test_a_new_run_falls_into_the_interval_ahead_as_often_as_it_says():
+def test_seeds_that_agree_do_not_hide_that_a_line_does_not_fit():
+    at = np.repeat([1e6, 1e7, 1e8], 20)
+    bent = fit_line(at, np.repeat([0.0, 0.05, 0.04], 20))
+    assert bent["slope_interval"][0] < 0 < bent["slope_interval"][1]
+
+
+def test_the_mean_of_a_new_place_falls_into_the_interval_ahead_as_often_as_it_says():
     generator = np.random.default_rng(1)
-    at = np.repeat([2e6, 8e6, 3e7], 2)
+    at = np.repeat([2e6, 5e6, 8e6, 3e7], 2)
     inside = 0
     for _ in range(2000):
-        noise = generator.normal(0, 0.01, at.size + 1)
-        ahead = fit_line(at, 0.03 * np.log10(at) + noise[:-1])["ahead"][2]
-        inside += ahead["interval"][0] < 0.03 * np.log10(ahead["at"]) + noise[-1] < ahead["interval"][1]
+        noise, new = generator.normal(0, 0.01, at.size), generator.normal(0, 0.01, 2).mean()
+        ahead = fit_line(at, 0.03 * np.log10(at) + noise)["ahead"][2]
+        inside += ahead["interval"][0] < 0.03 * np.log10(ahead["at"]) + new < ahead["interval"][1]
     assert inside / 2000 == pytest.approx(0.95, abs=0.015)
 
 
-@pytest.mark.parametrize(
-    ("at", "differences"), [([1e6, 2e6], [0.1, 0.2]), ([1e6] * 3, [0.1, 0.2, 0.3]), ([], [])]
-)
-def test_too_few_differences_make_no_line(at, differences):
+def test_two_places_make_a_line_without_intervals():
+    found = fit_line([1e6, 1e6, 1e7], [0.1, 0.3, 0.3])
+    assert found["slope"] == pytest.approx(0.1)
+    assert found["slope_interval"] is None and found["ahead"][0]["interval"] is None
+
+
+@pytest.mark.parametrize(("at", "differences"), [([1e6] * 3, [0.1, 0.2, 0.3]), ([], [])])
+def test_one_place_makes_no_line(at, differences):
     assert fit_line(at, differences) is None
 
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from dsmoe.accounting.table import markdown_table
 from dsmoe.figures import KIND_COLOURS, pyplot, save_figure
+from dsmoe.spread import interval_cells, shown, spread
 from dsmoe.study.tabulate import flops_notes, mean_flops
-from dsmoe.trainer.seeds import spread
 
 Row = Mapping[str, Any]
 MOST_ACTIVE = 0.36  # "a third": the largest share of the headline's gap to the dense twin
@@ -28,7 +28,7 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     Returns:
         "arms": {"dense" (the twin: as many tokens, of the sizes within 5% the closest), "dsmoe": name or None};
         "dsmoe_gap_to_dense": of the largest share up to 0.36, and "dsmoe_minus_smoe": by budget, against the SMoE of
-        that share with as many tokens, each {"mean", "stderr", "seeds", "mlp_active_fraction"};
+        that share with as many tokens, each {"mean", "stderr", "interval", "seeds", "mlp_active_fraction"};
         "dsmoe_minus_smoe_of_more_tokens": likewise, against SMoEs that were given more. Parts without a pair are missing
         (None for the first).
     """
@@ -107,8 +107,7 @@ def _difference(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any] |
     differences = spread([row["test_loss"] - other[row["seed"]] for row in common])
     active = sum(row["mlp_active_fraction"] for row in common) / len(common)
     return {
-        "mean": differences["mean"],
-        "stderr": differences["stderr"],
+        **{name: differences[name] for name in ("mean", "stderr", "interval")},
         "seeds": [row["seed"] for row in common],
         "mlp_active_fraction": active,
     }
@@ -128,7 +127,7 @@ def table(results: Row) -> str:
                 f"{sum(row['mlp_active_fraction'] for row in same) / len(same):.1%}",
                 str(len(same)), f"{first['num_params_total'] / 1e6:.2f}M", f"{first['tokens'] / 1e6:.2f}M",
                 f"{mean_flops(same):.2e}", f"{sum(row['training_seconds'] for row in same) / len(same) / 60:.1f}",
-                *(_mean(spread([row[f"{split}_loss"] for row in same])) for split in ("validation", "test")),
+                *(shown(spread([row[f"{split}_loss"] for row in same])) for split in ("validation", "test")),
             ]
         )  # fmt: skip
     header = ["arm", "budget", "MLP active", "seeds", "total", "tokens", "FLOPs", "minutes", "validation loss",
@@ -154,7 +153,7 @@ def table(results: Row) -> str:
     text = markdown_table(header, lines)
     if pairs:
         text += "\n\n" + markdown_table(
-            ["difference on test", "MLP active", "seeds", "nats per token", ""], pairs
+            ["difference on test", "MLP active", "seeds", "nats per token", "95% interval", ""], pairs
         )
     arms = defaultdict(list)
     for row in results["runs"]:
@@ -163,15 +162,9 @@ def table(results: Row) -> str:
 
 
 def _cells(pair: Row) -> list[str]:
-    tie = pair["stderr"] is not None and abs(pair["mean"]) < 2 * pair["stderr"]
     return [
-        f"{pair['mlp_active_fraction']:.1%}", str(len(pair["seeds"])), _mean(pair, sign=True), "tie" if tie else "",
+        f"{pair['mlp_active_fraction']:.1%}", str(len(pair["seeds"])), shown(pair, sign=True), *interval_cells(pair),
     ]  # fmt: skip
-
-
-def _mean(value: Row, sign: bool = False) -> str:
-    mean = f"{value['mean']:+.4f}" if sign else f"{value['mean']:.4f}"
-    return mean if value["stderr"] is None else f"{mean} ± {value['stderr']:.4f}"
 
 
 def budgets_plot(results: Row, path: Path) -> None:

@@ -6,13 +6,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from scipy import stats
+
+from dsmoe.spread import quantile
 
 # what a curve can run along, and where a run's row says it
 AXES = {"tokens": "tokens", "parameters": "num_params_total"}
 # multiples of the largest measured value at which the line's prediction is reported
 AHEAD = (1, 3, 10)
-LEVEL = 0.95
 
 
 @dataclass(frozen=True)
@@ -63,37 +63,47 @@ def follow(
 
 
 def fit_line(at: Sequence[float], differences: Sequence[float]) -> dict[str, Any] | None:
-    """Least squares of a difference over log10 of tokens or parameters; every seed of every point counts once.
+    """Least squares of the places' mean differences over log10 of tokens or parameters.
+
+    What scatters around the line is a place's mean: the seeds of one place say nothing of whether a line is right.
 
     Args:
-        at: positive, one a difference.
+        at: positive, one a difference; those of one place are equal.
         differences: nats per token.
 
     Returns:
-        None for fewer than three differences or fewer than two places. Otherwise {"slope" (nats per tenfold),
-        "slope_interval", "num_differences", "residual_std", "range" of the places, "ahead": [{"at", "difference",
-        "interval"}] for multiples of the largest place}; intervals are of 95% by Student's t with n - 2 degrees of
-        freedom: that of the slope for the line, those ahead for a single new run.
+        None for fewer than two places. Otherwise {"slope" (nats per tenfold), "slope_interval", "num_places",
+        "num_differences", "residual_std", "range" of the places, "ahead": [{"at", "difference", "interval"}] for
+        multiples of the largest place}; intervals are of 95% by Student's t with places - 2 degrees of freedom, None for
+        two places: that of the slope for the line, those ahead for the mean of a new place.
     """
-    if len(differences) < 3 or len(set(at)) < 2:
+    places: dict[float, list[float]] = {}
+    for place, difference in zip(at, differences, strict=True):
+        places.setdefault(place, []).append(difference)
+    if len(places) < 2:
         return None
-    x, y = np.log10(np.asarray(at, dtype=float)), np.asarray(differences, dtype=float)
+    x = np.log10(np.asarray(list(places), dtype=float))
+    y = np.asarray([np.mean(found) for found in places.values()])
     spread = float(((x - x.mean()) ** 2).sum())
     slope = float(((x - x.mean()) * (y - y.mean())).sum()) / spread
-    residual_std = math.sqrt(float(((y - y.mean() - slope * (x - x.mean())) ** 2).sum()) / (len(y) - 2))
-    quantile = float(stats.t.ppf((1 + LEVEL) / 2, len(y) - 2))
-    half = quantile * residual_std / math.sqrt(spread)
+    degrees = len(y) - 2
+    residual_std = factor = None
+    if degrees:
+        residual_std = math.sqrt(float(((y - y.mean() - slope * (x - x.mean())) ** 2).sum()) / degrees)
+        factor = quantile(degrees) * residual_std
+
+    def interval(value: float, width: float) -> list[float] | None:
+        return None if factor is None else [value - factor * width, value + factor * width]
+
     ahead = []
-    for factor in AHEAD:
-        distance = math.log10(factor * max(at)) - float(x.mean())
-        width = quantile * residual_std * math.sqrt(1 + 1 / len(y) + distance**2 / spread)
+    for multiple in AHEAD:
+        distance = math.log10(multiple * max(at)) - float(x.mean())
         value = float(y.mean()) + slope * distance
-        ahead.append(
-            {"at": factor * max(at), "difference": value, "interval": [value - width, value + width]}
-        )
+        width = math.sqrt(1 + 1 / len(y) + distance**2 / spread)
+        ahead.append({"at": multiple * max(at), "difference": value, "interval": interval(value, width)})
     return {
-        "slope": slope, "slope_interval": [slope - half, slope + half], "num_differences": len(y),
-        "residual_std": residual_std, "range": [min(at), max(at)], "ahead": ahead,
+        "slope": slope, "slope_interval": interval(slope, 1 / math.sqrt(spread)), "num_places": len(places),
+        "num_differences": len(at), "residual_std": residual_std, "range": [min(at), max(at)], "ahead": ahead,
     }  # fmt: skip
 
 
@@ -102,9 +112,15 @@ def sentence(curve: Mapping[str, Any]) -> str:
     line = curve["line"]
     name = f"{curve['first']} - {curve['second']} against {curve['against']}"
     if line is None:
-        return f"{name}: too few differences for a line."
+        return f"{name}: too few places for a line."
+    measured = (
+        f"{line['num_differences']} differences at {line['num_places']} places from {line['range'][0] / 1e6:.3g}M to "
+        f"{line['range'][1] / 1e6:.3g}M"
+    )
+    if line["slope_interval"] is None:
+        return f"{name}: {line['slope']:+.4f} nats per tenfold, {measured}: too few for an interval."
     low, high = line["slope_interval"]
-    verdict = "it can't be told from none" if low < 0 < high else "it grows" if low > 0 else "it falls"
+    verdict = "it can't be told from none" if low <= 0 <= high else "it grows" if low > 0 else "it falls"
     words = "; ".join(
         "at {:.3g}M {:+.3f} [{:+.3f}, {:+.3f}]".format(
             point["at"] / 1e6, point["difference"], *point["interval"]
@@ -112,7 +128,6 @@ def sentence(curve: Mapping[str, Any]) -> str:
         for point in line["ahead"]
     )
     return (
-        f"{name}: {line['slope']:+.4f} nats per tenfold, 95% interval [{low:+.4f}, {high:+.4f}] ({verdict}), "
-        f"{line['num_differences']} differences from {line['range'][0] / 1e6:.3g}M to {line['range'][1] / 1e6:.3g}M. "
-        f"A new run would be, with 95%: {words}."
+        f"{name}: {line['slope']:+.4f} nats per tenfold, 95% interval [{low:+.4f}, {high:+.4f}] ({verdict}), {measured}. "
+        f"The mean of a new place would be, with 95%, if the line is right: {words}."
     )

@@ -8,11 +8,11 @@ from typing import Any
 from dsmoe.accounting import markdown_table
 from dsmoe.data.windows import PLACEMENT
 from dsmoe.files import read_json
+from dsmoe.spread import interval_cells, shown, spread
 from dsmoe.study.curves import follow, sentence
 from dsmoe.study.kept import Kept, digest
 from dsmoe.study.launcher import is_finished
 from dsmoe.study.spec import Study, StudyRun
-from dsmoe.trainer.seeds import spread
 
 COPIED = ("kind", "tokens", "validation_loss", "validation_loss_sparse", "test_loss", "test_loss_sparse",
           "active_experts_sparse", "mlp_active_fraction", "num_params_total", "num_params_active", "training_flops",
@@ -213,27 +213,23 @@ def table(results: Row) -> str:
                 f"{first['num_params_total'] / 1e6:.2f}M",
                 f"{first['num_params_active'] / 1e6:.2f}M",
                 f"{mean_flops(same):.2e}",
-                _mean(point.get("validation_loss")),
-                _mean(point.get("test_loss")),
+                shown(point.get("validation_loss")),
+                shown(point.get("test_loss")),
             ]
         )
     header = ["runs", "seeds", "tokens", "total", "active", "FLOPs", "validation loss", "test loss"]
     text = markdown_table(header, rows)
     if results["pairs"]:
+        split = "test" if any("test" in pair for pair in results["pairs"]) else "validation"
         pairs = [
             [f"{pair['first']} - {pair['second']}", str(len(pair["seeds"])),
-             _mean(pair.get("validation"), sign=True), _mean(pair.get("test"), sign=True)]
+             shown(pair.get("validation"), sign=True), shown(pair.get("test"), sign=True),
+             *interval_cells(pair.get(split))]
             for pair in results["pairs"]
         ]  # fmt: skip
-        text += "\n\n" + markdown_table(["difference", "seeds", "validation", "test"], pairs)
+        header = ["difference", "seeds", "validation", "test", f"95% interval, {split}", ""]
+        text += "\n\n" + markdown_table(header, pairs)
     if results["curves"]:
         text += "\n\n" + "\n".join(f"- {sentence(curve)}" for curve in results["curves"])
     notes = flops_notes((point_name(same[0]), same) for same in by_point.values()) + results["notes"]
     return text + "".join(f"\n\n{note}" for note in notes)
-
-
-def _mean(value: Row | None, sign: bool = False) -> str:
-    if value is None:
-        return ""
-    mean = f"{value['mean']:+.4f}" if sign else f"{value['mean']:.4f}"
-    return mean if value["stderr"] is None else f"{mean} ± {value['stderr']:.4f}"

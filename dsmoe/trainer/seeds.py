@@ -1,22 +1,13 @@
 """Several seeds of one configuration: mean and spread, and a paired comparison with another run of the same seeds."""
 
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from dsmoe.errors import UserError
 from dsmoe.files import read_json
+from dsmoe.spread import is_tie, spread
 from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
-
-
-def spread(values: Sequence[float]) -> dict[str, float | None]:
-    """Mean, sample standard deviation and standard error (None for a single value)."""
-    mean = sum(values) / len(values)
-    if len(values) == 1:
-        return {"mean": mean, "std": None, "stderr": None}
-    std = math.sqrt(sum((value - mean) ** 2 for value in values) / (len(values) - 1))
-    return {"mean": mean, "std": std, "stderr": std / math.sqrt(len(values))}
 
 
 def summarise(summaries: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -76,6 +67,4 @@ def compare(
             )
     found = [ours[seed][loss] - theirs[seed]["validation_loss"] for seed in common]
     result = spread(found)
-    error, mean = result["stderr"], result["mean"]
-    tie = None if error is None or mean is None else abs(mean) < 2 * error
-    return {"seeds": common, "differences": found, **result, "tie": tie}
+    return {"seeds": common, "differences": found, **result, "tie": is_tie(result)}
