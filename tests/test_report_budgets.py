@@ -8,6 +8,7 @@ import yaml
 from dsmoe.records import write_record
 from dsmoe.report import budgets
 from dsmoe.report.budgets_table import summarise, table
+from dsmoe.report.trained_policies import trained_policies
 
 
 def row(arm, kind, budget, seed, loss, tokens=100, validation=None, total=1000):
@@ -132,6 +133,33 @@ def test_a_record_is_not_replaced_by_less_or_by_another_kind(tmp_path, capsys):
     (record / "precious").mkdir()
     assert budgets.main(words) == 2 and "is no record" in capsys.readouterr().err
     assert (record / "precious").is_dir()
+
+
+def test_what_a_mask_phase_was_steered_to():
+    config = {"model": {"num_experts": 8}, "mask_phase": {"target_active": 0.25}}
+    assert trained_policies({"config": config}) == {}
+    assert trained_policies({"config": config, "mask_phase_threshold": None}) == {}
+    one = trained_policies({"config": config, "mask_phase_threshold": 1.5})
+    assert one == {0.25: {"policy": "threshold", "threshold": 1.5}}
+    several = {
+        "config": config,
+        "mask_phase_threshold": 1.5,
+        "mask_phase_thresholds": {"1.0": 0.1, "0.5": 0.7, "0.25": 9.0},
+    }
+    assert trained_policies(several) == {
+        0.25: {"policy": "threshold", "threshold": 8.0},  # more than N keeps none but the best, as N does
+        0.5: {"policy": "threshold", "threshold": 0.7},
+    }
+
+
+def test_shares_that_were_trained_run_as_they_were_trained(monkeypatch, tiny_model):
+    model = tiny_model(num_experts=4, num_hidden_layers=2)
+    monkeypatch.setattr(budgets, "calibrate", None)
+    trained = {0.5: {"policy": "threshold", "threshold": 0.9}}
+    found = budgets.budgets_of(model, None, [0.1, 0.5], trained)
+    assert set(found) == {1.0, 0.5}
+    assert found[0.5]["mlp"] == [trained[0.5]] * 2
+    assert found[0.5]["attention"] == found[1.0]["attention"]
 
 
 def test_a_study(train, held_out_corpus_dir, tmp_path, capsys, monkeypatch):

@@ -73,6 +73,19 @@ def test_a_sparse_model_is_made_anew_from_other_weights_or_text(tmp_path, monkey
     assert folder(data="b") == folder(data="b") and len(made) == 3
     (tmp_path / "dsmoe-s0" / "sparse-0.5" / "source.json").unlink()  # an older version made it
     assert folder() and len(made) == 4
+    # a mask phase that was steered to the share: with the threshold that it ended with
+    summary = {
+        "kind": "dsmoe", "mask_phase_threshold": 0.8518515507558231,
+        "config": {"model": {"num_experts": 4}, "mask_phase": {"target_active": 0.5}},
+    }  # fmt: skip
+    (tmp_path / "dsmoe-s0" / "summary.json").write_text(json.dumps(summary))
+    assert folder() == folder() and len(made) == 5
+    assert (made[4].policy, made[4].threshold, made[4].target_active) == (
+        "threshold",
+        [0.8518515507558231],
+        None,
+    )
+    assert folder(share=0.25) and made[5].target_active == 0.25
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,8 @@
 """The models of a study at several active shares: `python eval/measure_budgets.py STUDY.yaml --output FOLDER`.
 
-A DS-MoE is one model for all shares: its policies are chosen on the validation split, as `dsmoe sparsify` does it.
-An SMoE runs as it was trained, and so has one share; a dense model has share 1.
+A DS-MoE is one model for all shares. At those that its mask phase was steered to it runs with the thresholds that
+training ended with; for the others policies are chosen on the validation split, as `dsmoe sparsify` does it. An SMoE
+runs as it was trained, and so has one share; a dense model has share 1.
 """
 
 import argparse
@@ -20,6 +21,7 @@ from tqdm import tqdm
 
 from dsmoe.allocator import keep_freed_memory
 from dsmoe.checkpoint.pretrained import load_pretrained
+from dsmoe.config.routing import Policy
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.environment import describe
 from dsmoe.errors import UserError, run_reporting_errors
@@ -28,6 +30,7 @@ from dsmoe.model import DSMoEForCausalLM
 from dsmoe.records import check_record_folder, write_record
 from dsmoe.report.budgets_table import budgets_plot, summarise, table
 from dsmoe.report.token_losses import token_losses
+from dsmoe.report.trained_policies import trained_policies
 from dsmoe.sparsify.calibrate import calibrate
 from dsmoe.sparsify.calibration import CalibrationText, sample_corpus
 from dsmoe.sparsify.compare import Policies, reference_policies
@@ -144,12 +147,16 @@ def measured_rows(run: StudyRun, folder: Path, texts: Texts, shares: Sequence[fl
 
     Returns:
         "arm" (group and labels), "group", "kind", "budget" (share that was asked for; 1: all experts), "seed",
-        "mlp_active_fraction" (on the test sample), "tokens", "num_params_total", "training_flops", "training_seconds",
-        "validation_loss", "test_loss" (nats per token).
+        "trained" (whether the mask phase was steered to the budget), "mlp_active_fraction" (on the test sample),
+        "tokens", "num_params_total", "training_flops", "training_seconds", "validation_loss", "test_loss" (nats per
+        token).
     """
     cache = folder / "budgets.json"
     summary = read_json(folder / "summary.json")
+    trained = trained_policies(summary)
     key = {"texts": texts.descriptions, "training_seconds": summary["training_seconds"]}
+    if trained:
+        key["trained"] = {str(share): policy for share, policy in trained.items()}
     kept: dict[float, dict[str, Any]] = {}
     if cache.exists():
         known = read_json(cache)
@@ -167,8 +174,8 @@ def measured_rows(run: StudyRun, folder: Path, texts: Texts, shares: Sequence[fl
         **{name: summary[name] for name in ("tokens", "num_params_total", "training_flops", "training_seconds")},
     }  # fmt: skip
     rows = []
-    for budget, policies in budgets_of(model.eval(), texts, shares).items():
-        row: dict[str, Any] = kept.get(budget) or {**shared, "budget": budget}
+    for budget, policies in budgets_of(model.eval(), texts, shares, trained).items():
+        row: dict[str, Any] = kept.get(budget) or {**shared, "budget": budget, "trained": budget in trained}
         for split, text in texts.judged.items() if budget not in kept else ():
             losses, active = token_losses(model, text.batches, policies)
             row[f"{split}_loss"], row["mlp_active_fraction"] = float(np.mean(losses)), active
@@ -178,13 +185,16 @@ def measured_rows(run: StudyRun, folder: Path, texts: Texts, shares: Sequence[fl
     return rows
 
 
-def budgets_of(model: DSMoEForCausalLM, texts: Texts, shares: Sequence[float]) -> dict[float, Policies]:
+def budgets_of(
+    model: DSMoEForCausalLM, texts: Texts, shares: Sequence[float], trained: Mapping[float, Policy]
+) -> dict[float, Policies]:
     """The policies by which a model is judged, by budget.
 
     Args:
         model: in evaluation mode.
         texts: whose calibration sample chooses a DS-MoE's policies.
         shares: of a DS-MoE; those that it can't meet are left out.
+        trained: of `trained_policies`.
     """
     own = reference_policies(model)
     config = model.config
@@ -193,10 +203,15 @@ def budgets_of(model: DSMoEForCausalLM, texts: Texts, shares: Sequence[float]) -
     if config.kind == "smoe":
         return {config.routing("mlp", 0)["k"] / config.num_experts: own}
     found: dict[float, Policies] = {1.0: own}
-    frontier = calibrate(model, texts.calibration.batches, context_length=texts.sequence_length)
-    for share in shares:
-        if share >= 1 / config.num_experts:
-            found[share] = frontier.at_share(share).policies
+    wanted = [share for share in shares if share >= 1 / config.num_experts]
+    frontier = None
+    for share in wanted:
+        if share in trained:
+            found[share] = {**own, "mlp": [trained[share]] * config.num_hidden_layers}
+            continue
+        if frontier is None:
+            frontier = calibrate(model, texts.calibration.batches, context_length=texts.sequence_length)
+        found[share] = frontier.at_share(share).policies
     return found
 
 

@@ -1,7 +1,7 @@
 """Score the finished runs of a study on the benchmarks: `python eval/score_study.py STUDY.yaml --output FOLDER`.
 
-Dense models and SMoEs are scored as they were trained, a DS-MoE sparse: it is sparsified to `--share` first, into its
-run's folder. Options that are not listed go to eval/score.py.
+Dense models and SMoEs are scored as they were trained, a DS-MoE sparse: with the threshold of its mask phase, if that was
+steered to `--share`, otherwise sparsified to it, which needs --data. Options that are not listed go to eval/score.py.
 """
 
 import argparse
@@ -14,6 +14,7 @@ from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.evaluation import score
 from dsmoe.files import read_json, sha256, write_json
 from dsmoe.records import add_record_arguments, check_record_folder, write_concluded_record
+from dsmoe.report.trained_policies import trained_policies
 from dsmoe.sparsify import command as sparsify
 from dsmoe.study.spec import StudyRun, read_study
 
@@ -84,27 +85,24 @@ def _check_record(args: argparse.Namespace, names: Sequence[str]) -> None:
 
 
 def _folder(run: StudyRun, args: argparse.Namespace) -> Path:
-    """What is scored of a run, made where it isn't there or came from other weights or another text."""
+    """What is scored of a run, made where it isn't there or came from other weights, another policy or another text."""
     final = args.output / run.name / "final"
-    if read_json(args.output / run.name / "summary.json")["kind"] != "dsmoe":
+    summary = read_json(args.output / run.name / "summary.json")
+    if summary["kind"] != "dsmoe":
         return final
     sparse = args.output / run.name / f"sparse-{args.share:g}"
-    source = {path.name: sha256(path) for path in sorted(final.glob("*.safetensors"))}
+    source: dict[str, Any] = {path.name: sha256(path) for path in sorted(final.glob("*.safetensors"))}
     source["corpus"] = TokenCorpus(args.data).fingerprint
+    source["policy"] = trained = trained_policies(summary).get(args.share)
     known = sparse / SOURCE
     if not known.exists() or read_json(known) != source:
         parser = argparse.ArgumentParser()
         sparsify.add_parser(parser.add_subparsers())
-        words = [
-            "--target-active",
-            f"{args.share:g}",
-            "--data",
-            args.data,
-            "--output",
-            str(sparse),
-            "--overwrite",
-        ]
-        sparsify.run(parser.parse_args(["sparsify", str(final), *words]))
+        wanted = ["--target-active", f"{args.share:g}"]
+        if trained is not None:
+            wanted = ["--policy", "threshold", "--threshold", repr(trained["threshold"])]
+        words = [str(final), *wanted, "--data", args.data, "--output", str(sparse), "--overwrite"]
+        sparsify.run(parser.parse_args(["sparsify", *words]))
         write_json(known, source)
     return sparse
 
