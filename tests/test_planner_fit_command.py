@@ -203,6 +203,30 @@ def test_the_results_of_a_study_give_the_runs_of_its_folders(tmp_path):
         read_study(path)
 
 
+@pytest.mark.parametrize(
+    ("summary", "words"),
+    [
+        (
+            {"environment": {"corpus": "b" * 64}, "evaluation_windows": "spread"},
+            "different text (aaaaaaaaaaaa, bbbb",
+        ),
+        ({"environment": {"corpus": "a" * 64}}, "different windows of the text (spread, first)"),
+        ({"evaluation_windows": "spread"}, None),  # of an unknown text
+    ],
+)
+def test_losses_of_different_texts_are_not_fitted_together(tmp_path, summary, words):
+    write_run(tmp_path / "a", {}, environment={"corpus": "a" * 64}, evaluation_windows="spread")
+    write_run(tmp_path / "b", {}, **summary)
+    table = write_csv(tmp_path / "runs.csv", [("dense", 1, 1e8, 1e8, 1e9, 3.0, "c", 0)])
+    sources = [tmp_path / "a", table, tmp_path / "b"]
+    if words is None:
+        assert len(command.read_sources(sources)[0]) == 3
+        return
+    with pytest.raises(UserError) as caught:
+        command.read_sources(sources)
+    assert words in str(caught.value) and "a and b" in str(caught.value)
+
+
 @pytest.mark.parametrize("name", ["runs.csv", "runs.csv.gz"])
 def test_a_byte_order_mark_is_not_part_of_a_column(tmp_path, name):
     """As Excel writes CSV: the mark became part of `kind`, and DS-MoEs were fitted as SMoEs."""

@@ -13,7 +13,7 @@ from dsmoe.planner.fit.bootstrap import METHODS
 from dsmoe.planner.fit.fitting import HOLD_OUT_BY, WEIGHTINGS, Settings, fit_law
 from dsmoe.planner.fit.folders import read_folder, read_study
 from dsmoe.planner.fit.report import as_json, human_report
-from dsmoe.planner.fit.runs import Run
+from dsmoe.planner.fit.runs import Run, check_one_text
 from dsmoe.planner.fit.structure import DSMOE_FORMS
 from dsmoe.planner.fit.tables import FIELDS, read_table
 
@@ -100,7 +100,7 @@ def read_sources(
         skip_empty: as in `read_table`.
 
     Raises:
-        UserError: a source that is missing or can't be read.
+        UserError: a source that is missing or can't be read, or losses of different texts.
     """
     fields = dict(_pair(text, "--map", "FIELD=COLUMN") for text in mapping)
     rows = {
@@ -122,6 +122,7 @@ def read_sources(
             )
         runs.extend(found)
         notes.extend(note for note in said if note not in notes)
+    check_one_text(runs)
     return runs, notes
 
 

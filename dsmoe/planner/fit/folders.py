@@ -106,6 +106,8 @@ def _run_of(summary: Any, path: Path, log: Path | None) -> tuple[Run, list[str]]
         name=_name(summary, path),
         seed=_seed(summary, path),
         active_share=share,
+        corpus=_corpus(summary),
+        windows=summary.get("evaluation_windows", "first"),
     )
     return checked(run, str(path)), notes
 
@@ -114,6 +116,12 @@ def _entry(found: Any, key: str, path: Path, prefix: str = "") -> Any:
     if not isinstance(found, Mapping) or key not in found:
         raise UserError(f"{path}: no entry {prefix}{key!s}; it must be a summary of the trainer")
     return found[key]
+
+
+def _corpus(summary: Mapping[str, Any]) -> str | None:
+    """From a run's summary, or a row of a study."""
+    environment = summary.get("environment")
+    return environment.get("corpus") if isinstance(environment, Mapping) else summary.get("corpus")
 
 
 def _name(summary: Mapping[str, Any], path: Path) -> str:

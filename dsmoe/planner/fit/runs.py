@@ -24,6 +24,9 @@ class Run:
         name: what to call it in messages.
         seed: of the run; runs that differ in it alone form a group in the bootstrap.
         active_share: mean share of its MLP experts that a DS-MoE runs; None: not known.
+        corpus: fingerprint of the text; None: not known.
+        windows: how the windows lie that the loss was measured on: "spread" over the split, or, before that, "first" of
+            each source; None: not known.
     """
 
     kind: str
@@ -35,6 +38,8 @@ class Run:
     name: str = ""
     seed: int = 0
     active_share: float | None = None
+    corpus: str | None = None
+    windows: str | None = None
 
     @property
     def training_flops(self) -> float:
@@ -74,6 +79,26 @@ def checked(run: Run, where: str) -> Run:
             f"{where}: num_params_total {run.num_params_total:g} is below num_params_active {run.num_params_active:g}"
         )
     return run
+
+
+def check_one_text(runs: Sequence[Run]) -> None:
+    """Refuse losses that can't be compared, as far as runs say what theirs were measured on.
+
+    Raises:
+        UserError: of two texts, or of different parts of one; the message names a run of each.
+    """
+    for field, what in (("corpus", "text"), ("windows", "windows of the text")):
+        first: Run | None = None
+        for run in runs:
+            value = getattr(run, field)
+            if value is None:
+                continue
+            first = first or run
+            if value != getattr(first, field):
+                raise UserError(
+                    f"{first.name} and {run.name}: their losses are of different {what} ({getattr(first, field)[:12]}, "
+                    f"{value[:12]}) and can't be fitted together; give runs of one"
+                )
 
 
 def groups(runs: Sequence[Run]) -> list[int]:
