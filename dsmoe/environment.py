@@ -1,8 +1,10 @@
-"""What a result depends on besides its configuration: versions, hardware, threads."""
+"""What a result depends on besides its configuration: this package's code, versions, hardware, threads."""
 
+import hashlib
 import importlib.metadata
 import os
 import platform
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -52,9 +54,22 @@ def hardware() -> dict[str, Any]:
     return found
 
 
+def code() -> dict[str, str | None]:
+    """Which code this is: the SHA-256 of the package's source files, and the commit where it lies in its repository.
+
+    Files that were changed since the commit show in the first alone.
+    """
+    package = Path(__file__).resolve().parent
+    digest = hashlib.sha256()
+    for path in sorted(path for path in package.rglob("*") if path.suffix in (".py", ".cpp", ".h")):
+        digest.update(f"{path.relative_to(package).as_posix()}\0".encode())
+        digest.update(path.read_bytes())
+    return {"sha256": digest.hexdigest(), "commit": _commit(package.parent)}
+
+
 def describe() -> dict[str, Any]:
-    """Versions and hardware, as they go into every record."""
-    return {"versions": versions(), "hardware": hardware()}
+    """Code, versions and hardware, as they go into every record."""
+    return {"code": code(), "versions": versions(), "hardware": hardware()}
 
 
 def tell_deepspeed() -> None:
@@ -66,6 +81,18 @@ def tell_deepspeed() -> None:
 
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def _commit(root: Path) -> str | None:
+    if not (root / ".git").exists():
+        return None
+    try:
+        done = subprocess.run(
+            ["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True, timeout=10
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def _cpu_name() -> str:

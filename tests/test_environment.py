@@ -1,0 +1,43 @@
+"""What a record says of the code that made it."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import dsmoe
+from dsmoe.environment import code, describe
+
+PACKAGE = Path(dsmoe.__file__).resolve().parent
+ASK = "import sys, json; sys.path.insert(0, sys.argv[1]); from dsmoe.environment import code; print(json.dumps(code()))"
+
+
+def ask(root):
+    import json
+
+    done = subprocess.run([sys.executable, "-c", ASK, str(root)], capture_output=True, text=True, check=True)
+    return json.loads(done.stdout)
+
+
+def test_the_code_is_told_by_its_files_and_its_commit(tmp_path):
+    """In a copy: the same files are the same code, a changed one is not, and a commit is named where there is one."""
+    copy = tmp_path / "dsmoe"
+    copy.mkdir()
+    for name in ("__init__.py", "environment.py", "errors.py"):
+        shutil.copy(PACKAGE / name, copy / name)
+    (copy / "__init__.py").write_text("")
+    first = ask(tmp_path)
+    assert first == ask(tmp_path) and first["commit"] is None and len(first["sha256"]) == 64
+    git = ["git", "-c", "user.name=a", "-c", "user.email=a@b"]
+    for words in (["init", "-q"], ["add", "."], ["commit", "-q", "-m", "one"]):
+        subprocess.run([*git, *words], cwd=tmp_path, check=True)
+    head = subprocess.run(
+        ["git", "rev-parse", "HEAD"], cwd=tmp_path, capture_output=True, text=True
+    ).stdout.strip()
+    assert ask(tmp_path) == {**first, "commit": head}
+    (copy / "errors.py").write_text("changed = True\n")
+    assert ask(tmp_path)["sha256"] != first["sha256"] and ask(tmp_path)["commit"] == head
+
+
+def test_a_record_holds_it():
+    assert describe()["code"] == code()
