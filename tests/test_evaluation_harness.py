@@ -149,6 +149,11 @@ def test_long_questions_are_counted(place):
     loaded = load_model(save_model(place / "short", max_position_embeddings=24), device="cpu")
     found = harness.score_model(loaded, ["arc_easy"], include_path=place / "tasks")
     assert found["num_truncated"] > 0
+    # a limit below the model's own cuts as a model of that context does; one above changes nothing
+    longer = load_model(save_model(place / "longer", max_position_embeddings=64), device="cpu")
+    cut = harness.score_model(longer, ["arc_easy"], include_path=place / "tasks", max_length=24)
+    assert cut == found
+    assert harness.score_model(loaded, ["arc_easy"], include_path=place / "tasks", max_length=64) == found
 
 
 def test_parse_tasks():

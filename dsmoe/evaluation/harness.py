@@ -45,6 +45,7 @@ def score_model(
     include_path: str | Path | None = None,
     limit: int | None = None,
     batch_size: int = 8,
+    max_length: int | None = None,
     seed: int = 1234,
     label: str | None = None,
 ) -> dict[str, Any]:
@@ -56,19 +57,23 @@ def score_model(
         include_path: folder of task files, such as `dsmoe data benchmarks` writes; None: the Hub's data.
         limit: the first so many questions of each task; None: all.
         batch_size: requests a forward pass.
+        max_length: longest input in tokens, cut on the left; None: the longest that the model's config allows, which can
+            be more than it was trained on.
         seed: of Python, NumPy, torch and few-shot sampling (zero-shot choice draws nothing at random).
         label: the model's name on the progress bar.
 
     Returns:
         {"tasks": {task: {"acc", "stderr", "acc_norm", "acc_norm_stderr", "num_questions", "split"}},
         "questions": {task: {"ids": digest of the questions, "acc": "0110...", "acc_norm": ...}},
-        "task_versions": {task: version}, "num_truncated": requests too long for the model, cut on the left}.
+        "task_versions": {task: version}, "num_truncated": requests that were too long, cut on the left}.
         Tasks carry their plain names. A metric that a task lacks is null.
 
     Raises:
         UserError: an unknown task, data that cannot be reached, or a task without accuracy.
     """
-    results, num_truncated = _evaluate(loaded, tasks, include_path, limit, batch_size, seed, label)
+    results, num_truncated = _evaluate(
+        loaded, tasks, include_path, limit, batch_size, max_length, seed, label
+    )
     scored: dict[str, Any] = {
         "tasks": {},
         "questions": {},
@@ -99,6 +104,7 @@ def wikitext(
     *,
     limit: int | None = None,
     batch_size: int = 8,
+    max_length: int | None = None,
     seed: int = 1234,
     label: str | None = None,
 ) -> dict[str, float]:
@@ -108,6 +114,7 @@ def wikitext(
         loaded: the model.
         limit: the first so many documents; None: all.
         batch_size: windows a forward pass.
+        max_length: as in `score_model`.
         seed: as in `score_model`.
         label: the model's name on the progress bar.
 
@@ -117,7 +124,7 @@ def wikitext(
     Raises:
         UserError: the data cannot be reached.
     """
-    results, _ = _evaluate(loaded, ["wikitext"], None, limit, batch_size, seed, label)
+    results, _ = _evaluate(loaded, ["wikitext"], None, limit, batch_size, max_length, seed, label)
     metrics = results["results"]["wikitext"]
     return {
         key: float(metrics[f"{key},none"]) for key in ("word_perplexity", "byte_perplexity", "bits_per_byte")
@@ -130,6 +137,7 @@ def _evaluate(
     include_path: str | Path | None,
     limit: int | None,
     batch_size: int,
+    max_length: int | None,
     seed: int,
     label: str | None,
 ) -> tuple[Any, int]:
@@ -143,7 +151,7 @@ def _evaluate(
         refresh_task_files(include_path)
     with quiet_harness() as truncated:
         manager, names = _resolve(tasks, include_path)
-        scorer = _scorer(loaded, batch_size, label or Path(loaded.path).name)
+        scorer = _scorer(loaded, batch_size, max_length, label or Path(loaded.path).name)
         try:
             results = simple_evaluate(
                 model=scorer,
@@ -186,7 +194,7 @@ def _resolve(tasks: Sequence[str], include_path: str | Path | None) -> tuple[Any
     return manager, names
 
 
-def _scorer(loaded: LoadedModel, batch_size: int, label: str) -> Any:
+def _scorer(loaded: LoadedModel, batch_size: int, max_length: int | None, label: str) -> Any:
     """lm-eval's HFLM with one progress bar that counts answers."""
     from lm_eval.models.huggingface import HFLM
 
@@ -214,10 +222,13 @@ def _scorer(loaded: LoadedModel, batch_size: int, label: str) -> Any:
             # of a rolling likelihood HFLM would show a bar for each batch of windows
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
+    if max_length is not None:
+        max_length = min(max_length, getattr(loaded.model.config, "max_position_embeddings", max_length))
     return Scorer(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
         batch_size=batch_size,
+        max_length=max_length,
         device=str(loaded.model.device),
     )
 

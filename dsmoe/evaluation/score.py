@@ -67,6 +67,12 @@ def build_parser() -> argparse.ArgumentParser:
         metavar="S",
         help="context of the validation loss (%(default)s)",
     )
+    add(
+        "--max-length",
+        type=int,
+        metavar="S",
+        help="longest question and answer in tokens, cut on the left (default: the model's)",
+    )
     add("--wikitext", action="store_true", help="also lm-eval's wikitext perplexity (needs the Hub)")
     add("--decode-speed", action="store_true", help="also tokens a second of greedy generation at batch 1")
     add("--output", required=True, metavar="FILE", help="results, as JSON")
@@ -127,7 +133,7 @@ def checked_settings(args: argparse.Namespace) -> Row:
     from dsmoe.data.benchmarks import tasks_folder
     from dsmoe.evaluation.harness import parse_tasks
 
-    for name in ("limit", "batch_size", "data_tokens", "sequence_length"):
+    for name in ("limit", "batch_size", "max_length", "data_tokens", "sequence_length"):
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
@@ -146,6 +152,7 @@ def checked_settings(args: argparse.Namespace) -> Row:
         "local_tasks": args.include_path is not None,
         "dtype": args.dtype,
         "batch_size": args.batch_size,
+        "max_length": args.max_length,
         "seed": args.seed,
         "corpus": corpus,
         "data_tokens": args.data_tokens,
@@ -180,7 +187,9 @@ def score_one(name: str, path: str, args: argparse.Namespace, tasks: Sequence[st
     digest = fingerprint(path)  # before the scoring: files that change during it are noticed by --resume
     loaded = load_model(path, device=args.device, dtype=args.dtype, trust_remote_code=args.trust_remote_code)
     row: Row = {"name": name, "path": path, "fingerprint": digest, **describe_model(path, loaded.model)}
-    options = {"limit": args.limit, "batch_size": args.batch_size, "seed": args.seed, "label": name}
+    options = {name: getattr(args, name) for name in ("limit", "batch_size", "max_length", "seed")} | {
+        "label": name
+    }
     scored: Row = {"tasks": {}, "questions": {}, "task_versions": {}, "num_truncated": 0}
     if tasks:
         scored = harness.score_model(loaded, tasks, include_path=args.include_path, **options)
@@ -188,7 +197,7 @@ def score_one(name: str, path: str, args: argparse.Namespace, tasks: Sequence[st
     row["num_truncated"] = scored["num_truncated"]
     if row["num_truncated"]:
         print(
-            f"{name}: {row['num_truncated']} requests exceed its context and were cut on the left",
+            f"{name}: {row['num_truncated']} requests were too long and were cut on the left",
             file=sys.stderr,
         )
     row["average"], row["average_stderr"] = _average(row["tasks"], "acc")
