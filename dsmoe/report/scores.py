@@ -1,7 +1,7 @@
 """Score the finished runs of a study on the benchmarks: `python eval/score_study.py STUDY.yaml --output FOLDER`.
 
 Dense models and SMoEs are scored as they were trained, a DS-MoE sparse: with the threshold of its mask phase, if that was
-steered to `--share`, otherwise sparsified to it, which needs --data. Options that are not listed go to eval/score.py.
+steered to exactly `--share`, otherwise sparsified to it. Options that are not listed go to eval/score.py.
 """
 
 import argparse
