@@ -400,7 +400,12 @@ BAD = {
         ["--config", "{dir}/source.yaml"],
         "sources: a: unknown key 'max_token'; the nearest known one is 'max_tok",
     ),
-    "yaml": (["--config", "{dir}/broken.yaml"], "broken.yaml: not a YAML file"),
+    "yaml": (["--config", "{dir}/broken.yaml"], "broken.yaml: line "),
+    "key twice": (["--config", "{dir}/double.yaml"], "double.yaml: line 2: the key 'seed' stands twice"),
+    "eos": (
+        ["--source", "{dir}/a.jsonl", "--train-tokenizer", "300", "--eos-token", "</s>"],
+        "--eos-token '</s>' names a token of an existing --tokenizer",
+    ),
     "kind": (["--config", "{dir}/kind.yaml"], "kind.yaml: seed: '1' is not an integer"),
 }
 
@@ -422,6 +427,7 @@ def test_bad_input_is_one_line(tmp_path, capsys, case):
     (tmp_path / "key.yaml").write_text("train_tokeniser: 300\n")
     (tmp_path / "source.yaml").write_text("sources: {a: {path: a.jsonl, max_token: 5}}\n")
     (tmp_path / "broken.yaml").write_text("a: [\n")
+    (tmp_path / "double.yaml").write_text("seed: 1\nseed: 2\n")
     (tmp_path / "kind.yaml").write_text("seed: '1'\n")
     (tmp_path / "streaming.yaml").write_text("sources: {a: {path: a.jsonl, streaming: true}}\n")
     options, message = BAD[case]

@@ -5,10 +5,12 @@ import json
 import pytest
 import yaml
 
+from dsmoe.errors import UserError
 from dsmoe.records import write_record
 from dsmoe.report import budgets
 from dsmoe.report.budgets_table import summarise, table
 from dsmoe.report.trained_policies import trained_policies
+from dsmoe.study.spec import StudyRun
 
 
 def row(arm, kind, budget, seed, loss, tokens=100, validation=None, total=1000):
@@ -160,6 +162,23 @@ def test_shares_that_were_trained_run_as_they_were_trained(monkeypatch, tiny_mod
     assert set(found) == {1.0, 0.5}
     assert found[0.5]["mlp"] == [trained[0.5]] * 2
     assert found[0.5]["attention"] == found[1.0]["attention"]
+
+
+def test_the_share_of_an_smoe_is_that_of_its_layers(tiny_model, tmp_path):
+    policies = [{"policy": "top_k", "k": 1}, {"policy": "top_k", "k": 2}]
+    layers = tiny_model(num_experts=4, num_hidden_layers=2, kind="smoe", mlp_routing=policies)
+    assert set(budgets.budgets_of(layers, None, [0.5], {})) == {1.5 / 4}
+    (tmp_path / "a").mkdir()
+    summary = {
+        "config": {
+            "model": {"kind": "smoe", "num_experts": 4, "num_hidden_layers": 2, "mlp_routing": policies}
+        }
+    }
+    (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
+    assert budgets._trained_shares(tmp_path, [StudyRun("a", "a", {}, 0, {})]) == {4: {1.5 / 4}}
+    threshold = tiny_model(num_experts=4, kind="smoe", mlp_routing={"policy": "threshold", "threshold": 0.5})
+    with pytest.raises(UserError, match="has the policy 'threshold'"):
+        budgets.budgets_of(threshold, None, [0.5], {})
 
 
 def test_a_study(train, held_out_corpus_dir, tmp_path, capsys, monkeypatch):

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from dsmoe.checkpoint.pretrained import save_pretrained
 from dsmoe.report import sparsity
 from dsmoe.report.sparsity_table import comparison_rows, tables
@@ -54,3 +56,25 @@ def _failing_after(function, count):
         return function(*args)
 
     return wrapped
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["--shares", "nan"], "--shares: nan is no active share"),
+        (["--shares", "0.2,1.5"], "--shares: 1.5 is no active share"),
+        (["--bounds", "-1"], "--bounds: -1 is no increase of the loss"),
+        ([], "has no MLP experts to choose from"),
+    ],
+)
+def test_refusals(tiny_model, held_out_corpus_dir, tmp_path, capsys, words, told):
+    save_pretrained(tiny_model(vocab_size=300, kind="dense", num_experts=1), tmp_path / "model", None)
+    options = [
+        str(tmp_path / "model"),
+        "--data",
+        str(held_out_corpus_dir),
+        "--output",
+        str(tmp_path / "sweep"),
+    ]
+    assert sparsity.main([*options, *words]) == 2
+    assert told in capsys.readouterr().err and not (tmp_path / "sweep").exists()

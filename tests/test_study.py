@@ -24,7 +24,12 @@ from dsmoe.trainer.command import parse
 
 STUDY = {
     "name": "toy",
-    "settings": {"data.path": "somewhere", "train.total_tokens": 1000},
+    "settings": {
+        "data.path": "somewhere",
+        "data.sequence_length": 8,
+        "train.global_batch_size": 1,
+        "train.total_tokens": 1000,
+    },
     "groups": {
         "dense": {
             "settings": {"model.kind": "dense", "model.num_experts": 1},
@@ -84,6 +89,7 @@ def test_runs_are_the_product_of_axes_and_seeds(study):
 def test_points_may_have_seeds_of_their_own(study):
     content = copy.deepcopy(STUDY)
     content["groups"]["dense"]["seeds"] = {"1k": [0, 1, 2], "2k": [5]}
+    del content["pairs"][1]
     study.write_text(yaml.safe_dump(content, sort_keys=False))
     seeds = [run.seed for run in read_study(study).runs if run.group == "dense"]
     assert seeds == [0, 1, 2, 5] * 2  # small, then large
@@ -173,6 +179,37 @@ def test_what_a_record_holds_is_not_trained_again(study, tmp_path):
     assert len(list(output.glob("*/summary.json"))) == 6
 
 
+def test_what_starts_from_another_run_is_left_to_the_trainer(study, tmp_path):
+    content = copy.deepcopy(STUDY)
+    content["groups"]["dsmoe"]["settings"] = {"train.init_from": "yet/to/come", "model.num_experts": 7}
+    study.write_text(yaml.safe_dump(content))
+    assert main([str(study), "--output", str(tmp_path / "runs"), "--list"]) == 0
+
+
+def test_a_run_of_another_seed_is_not_taken(study, tmp_path, capsys):
+    output = tmp_path / "runs"
+    assert main([str(study), "--output", str(output), "--only", "dsmoe-*-s0"]) == 0
+    shutil.copytree(output / "dsmoe-small-1k-s0", output / "dsmoe-small-1k-s1")
+    (output / "dsmoe-small-1k-s1" / "study.json").unlink()
+    assert main([str(study), "--output", str(output), "--table-only"]) == 2
+    assert "dsmoe-small-1k-s1: holds a run of seed 0, not 1" in capsys.readouterr().err
+
+
+def test_runs_that_were_measured_otherwise_are_not_compared(study, tmp_path, capsys):
+    output = tmp_path / "runs"
+    assert main([str(study), "--output", str(output), "--only", "*-small-1k-*"]) == 0
+    path = output / "dsmoe-small-1k-s0" / "summary.json"
+    summary = json.loads(path.read_text())
+    summary["config"]["train"] = {"eval_tokens": 300}
+    path.write_text(json.dumps(summary))
+    capsys.readouterr()
+    assert main([str(study), "--output", str(output), "--table-only"]) == 0
+    table = capsys.readouterr().out
+    assert "seed 0 left out, since the two runs were measured with train.eval_tokens 300 and 100000." in table
+    pair = json.loads((output / "results.json").read_text())["pairs"][0]
+    assert pair["seeds"] == [1]
+
+
 def test_a_finished_run_of_other_settings_is_not_taken(study, tmp_path, capsys):
     output = tmp_path / "runs"
     assert main([str(study), "--output", str(output), "--only", "dsmoe-*"]) == 0
@@ -239,6 +276,44 @@ def test_a_deadline_leaves_the_rest(study, tmp_path, monkeypatch):
         ({"groups": {"a": {"seeds": [True]}}}, "groups.a.seeds is [True]; it must be a list of different"),
         ({"groups": {"a": {"seeds": [-1]}}}, "integers from 0"),
         ({"groups": {"a": {"seeds": [1, 1]}}}, "groups.a.seeds is [1, 1]"),
+        ({"groups": {"a": {"seeds": [2**32]}}}, "integers from 0 to 2**32 - 1"),
+        (
+            {"groups": {"a": {"seeds": {"9M": [1]}}}},
+            "groups.a.seeds names '9M', which is no point of the grid",
+        ),
+        ({"groups": {"a": {"grid": {"size": {}}}}}, "groups.a.grid.size has no points"),
+        (
+            {"settings": {"train.seeds": [0, 1]}},
+            "settings: train.seeds is set by the study itself; give the group's `seeds`",
+        ),
+        (
+            {"groups": {"a": {"settings": {"train.output_dir": "x"}}}},
+            "train.output_dir is set by the study itself",
+        ),
+        (
+            {
+                "pairs": [["dsmoe-small-1k", "dense-large-1k"]],
+                "groups": {**STUDY["groups"], "dsmoe": {**STUDY["groups"]["dsmoe"], "seeds": [5]}},
+            },
+            "have no point and seed in common",
+        ),
+        (
+            {"pairs": [["dsmoe", "a"]], "groups": {**STUDY["groups"], "a": {}}},
+            "have no point and seed in common",
+        ),
+        (
+            {"settings": {**STUDY["settings"], "model.num_expert": 3}},
+            "dense-large-1k-s0: unrecognized arguments: --model.num_expert",
+        ),
+        ({"settings": {**STUDY["settings"], "optim.learning_rate": "fast"}}, "dense-large-1k-s0: "),
+        (
+            {
+                "settings": {**STUDY["settings"], "model.intermediate_size": 7},
+                "groups": {"a": {}},
+                "pairs": [],
+            },
+            "a-s0: model.intermediate_size 7 is not divisible by num_experts",
+        ),
         ({"groups": {"../a": {}}}, "'../a-s0', which is no name of a folder"),
     ],
 )

@@ -15,8 +15,16 @@ from dsmoe.study.tabulate import collect, table
 
 STUDY = {
     "name": "toy",
-    "settings": {"train.total_tokens": 1000},
-    "groups": {"dense": {"settings": {"model.kind": "dense"}, "seeds": [0, 1]}, "dsmoe": {"seeds": [0, 1]}},
+    "settings": {
+        "data.path": "text",
+        "data.sequence_length": 8,
+        "train.global_batch_size": 1,
+        "train.total_tokens": 1000,
+    },
+    "groups": {
+        "dense": {"settings": {"model.kind": "dense", "model.num_experts": 1}, "seeds": [0, 1]},
+        "dsmoe": {"seeds": [0, 1]},
+    },
     "pairs": [["dsmoe", "dense"]],
 }
 NAMES = ["dense-s0", "dense-s1", "dsmoe-s0", "dsmoe-s1"]
@@ -218,7 +226,8 @@ def test_a_folder_that_no_study_began_is_taken_and_claims_no_settings(place):
 
 def test_the_text_of_a_recipe_is_compared_too(place, capsys):
     (place / "recipe.yaml").write_text(yaml.safe_dump({"data": {"path": str(place / "text")}}))
-    study = {**STUDY, "config": "recipe.yaml"}
+    settings = {name: value for name, value in STUDY["settings"].items() if name != "data.path"}
+    study = {**STUDY, "settings": settings, "config": "recipe.yaml"}
     (place / "toy.yaml").write_text(yaml.safe_dump(study))
     assert run(place) == 0
     shutil.rmtree(place / "runs")

@@ -118,6 +118,17 @@ def test_missing_file(capsys):
         ("router_loss.mi_running_decay", 1.0, "router_loss.mi_running_decay is 1.0"),
         ("router_loss.mi_final_factor", -0.5, "router_loss.mi_final_factor is -0.5"),
         ("mask_phase.gain", -5.0, "mask_phase.gain is -5.0"),
+        ("router_loss.router_mi_loss_coef_mlp", ".nan", "router_loss.router_mi_loss_coef_mlp is nan"),
+        ("router_loss.router_mi_loss_coef_attention", -1.0, "router_mi_loss_coef_attention is -1.0"),
+        (
+            "router_loss.load_balancing_coef",
+            -0.5,
+            "router_loss.load_balancing_coef is -0.5; it must be at least 0",
+        ),
+        ("router_loss.router_z_loss_coef", ".inf", "router_loss.router_z_loss_coef is inf"),
+        ("router_loss.mi_ramp_start", 5.0, "router_loss.mi_ramp_start is 5.0; it must be a share"),
+        ("train.total_tokens", 100, "train.total_tokens 100 is below one step of 128 tokens"),
+        ("train.trackers", ["clearml"], "train.trackers: the package of 'clearml' isn't installed"),
         ("model.head_dim", 0, "model.head_dim is 0"),
         ("model.initializer_range", -1.0, "model.initializer_range is -1.0"),
         ("model.rope_theta", 0.0, "model.rope_theta is 0.0"),
@@ -145,6 +156,54 @@ def test_an_smoe_has_no_mask_phase(train, capsys):
     run = train("run", model__kind="smoe", model__mlp_routing=policy, mask_phase__fraction=0.5)
     assert run.status == 2
     assert "mask_phase.fraction is 0.5 with model.kind 'smoe'" in capsys.readouterr().err
+
+
+def test_a_dense_model_has_no_mask_phase(train, capsys):
+    run = train("run", model__kind="dense", model__num_experts=1, mask_phase__fraction=0.2)
+    assert run.status == 2
+    assert "model.kind 'dense', which has no experts to leave out" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("setting", "value", "words"),
+    [
+        ("train.total_tokens", "1e6", "Expected an integer, such as 1000000. Got value: 1000000.0"),
+        ("optim.learning_rate", "nan", "Expected a number (.nan and .inf are none). Got value: nan"),
+        ("train.resume", "perhaps", "Expected true or false"),
+    ],
+)
+def test_types_are_named_in_words(train, capsys, setting, value, words):
+    with pytest.raises(SystemExit) as caught:
+        train("run", **{setting: value})
+    assert caught.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        (
+            {"optim__schedule": "wsd", "optim__warmup_fraction": 0.9, "optim__decay_fraction": 0.9},
+            "optim.warmup_fraction 0.9 and decay_fraction 0.9 sum to more than 1",
+        ),
+        (
+            {
+                "router_loss__mi_schedule": "ramp",
+                "router_loss__mi_ramp_start": 0.8,
+                "router_loss__mi_ramp_end": 0.2,
+            },
+            "router_loss.mi_ramp_start is 0.8 and mi_ramp_end 0.2",
+        ),
+    ],
+)
+def test_values_that_contradict_each_other(train, capsys, settings, words):
+    run = train("run", **settings)
+    assert run.status == 2 and words in capsys.readouterr().err
+    assert not run.folder.exists()
+
+
+def test_a_refused_run_leaves_no_folder(train, capsys):
+    run = train("run", data__weights={"tinny": 1.0})
+    assert run.status == 2 and not run.folder.exists()
 
 
 def test_an_output_folder_that_cannot_be(train, capsys, tmp_path):

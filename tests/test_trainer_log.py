@@ -10,6 +10,7 @@ import yaml
 from dsmoe import DSMoEForCausalLM
 from dsmoe.config.run import MaskPhaseSettings
 from dsmoe.data.corpus import TokenCorpus
+from dsmoe.data.loader import TrainLoader
 from dsmoe.data.windows import evaluation_batches
 from dsmoe.errors import UserError
 from dsmoe.trainer.mask_phase import ThresholdController
@@ -157,8 +158,10 @@ def test_seeds_and_comparison(train, capsys):
     )
     assert ours.status == dense.status == 0
 
-    def summary(run, seed):
-        return json.loads((run.folder / f"seed-{seed}" / "summary.json").read_text())["validation_loss"]
+    def summary(run, seed, mode=""):
+        return json.loads((run.folder / f"seed-{seed}" / "summary.json").read_text())[
+            f"validation_loss{mode}"
+        ]
 
     seeds = json.loads((ours.folder / "seeds.json").read_text())
     assert seeds["seeds"] == [0, 2]
@@ -168,8 +171,12 @@ def test_seeds_and_comparison(train, capsys):
     assert seeds["validation_loss"]["std"] == pytest.approx(abs(a - b) / 2**0.5)
     comparison = json.loads((ours.folder / "comparison.json").read_text())
     assert comparison["seeds"] == [0, 2]
-    assert comparison["differences"] == pytest.approx([a - summary(dense, 0), b - summary(dense, 2)])
-    assert comparison["tie"] == (abs(comparison["mean"]) < 2 * comparison["stderr"])
+    # each in the mode that it is run in
+    differences = [summary(ours, seed, "_sparse") - summary(dense, seed) for seed in (0, 2)]
+    assert comparison["differences"] == pytest.approx(differences)
+    assert "tokens" not in comparison and "test" not in comparison
+    # with two seeds 12.7 standard errors either way
+    assert comparison["tie"] == (abs(comparison["mean"]) < 12.7 * comparison["stderr"])
     # losses of another part of the split, as older versions measured, are not compared
     path = dense.folder / "seed-1" / "summary.json"
     older = json.loads(path.read_text())
@@ -177,11 +184,15 @@ def test_seeds_and_comparison(train, capsys):
     path.write_text(json.dumps(older))
     capsys.readouterr()
     words = ["--compare_to", str(dense.folder)]
-    assert train("other", *words, **SHORT).status == 2
-    assert "seed 1 was measured by an older version" in capsys.readouterr().err.splitlines()[-1]
+    assert train("other", *words, **SHORT, train__seeds=[1]).status == 2
+    told = capsys.readouterr().err.splitlines()[-1]
+    assert (
+        "seed 1 can't be compared with, since the two runs were measured on different parts of a split"
+        in told
+    )
     assert not (dense.folder.parent / "other").exists()
-    with pytest.raises(UserError, match="seed 1 was measured by another version"):
-        compare([{"seed": 1, "evaluation_windows": "spread"}], dense.folder)
+    with pytest.raises(UserError, match="seed 1 can't be compared with"):
+        compare([{**older, "evaluation_windows": "spread"}], dense.folder)
     # a seed among others is the run of that seed alone
     alone = train("alone", **SHORT, train__seeds=[2])
     assert json.loads((alone.folder / "summary.json").read_text())["validation_loss"] == b
@@ -205,3 +216,49 @@ def test_all_arms_see_the_same_text(train, monkeypatch):
     assert not torch.equal(first, torch.stack(seen))
     rows = [tuple(row) for row in first.flatten(0, 1).tolist()]
     assert len(set(rows)) == len(rows) == 24
+
+
+def test_what_cannot_be_compared_is_refused_before_training(train, capsys, held_out_corpus_dir):
+    dense = train("dense", **SHORT, **DENSE, train__seeds=[0, 1])
+    words = ["--compare_to", str(dense.folder)]
+
+    def refused(**settings):
+        capsys.readouterr()
+        assert train("ours", *words, **{**SHORT, **settings}).status == 2
+        assert not (dense.folder.parent / "ours").exists()
+        return capsys.readouterr().err.splitlines()[-1]
+
+    assert "has no finished run of seed 5, but of 0, 1" in refused(train__seeds=[5])
+    assert "data.sequence_length 32 and 16" in refused(data__sequence_length=32)
+    assert "train.eval_tokens 200 and 300" in refused(train__eval_tokens=200)
+    assert "read different texts" in refused(data__path=str(held_out_corpus_dir))
+    # more tokens are a comparison, and it says so
+    longer = train("longer", *words, **{**SHORT, "train__total_tokens": 4 * 128})
+    assert longer.status == 0
+    assert json.loads((longer.folder / "comparison.json").read_text())["tokens"] == [4 * 128, 3 * 128]
+
+
+def test_the_test_split_is_compared_too(train, held_out_corpus_dir):
+    text = {"data__path": str(held_out_corpus_dir)}
+    dense = train("dense", **SHORT, **DENSE, **text)
+    ours = train("ours", "--compare_to", str(dense.folder), **SHORT, **text)
+    comparison = json.loads((ours.folder / "comparison.json").read_text())
+    expected = ours.summary()["test_loss_sparse"] - dense.summary()["test_loss"]
+    assert comparison["test"]["differences"] == [pytest.approx(expected)]
+
+
+def test_epochs_are_told(train, capsys, corpus_dir):
+    summary = train("run", **SHORT, data__first_sample=5).summary()
+    windows = TrainLoader(TokenCorpus(corpus_dir), sequence_length=16, seed=0).num_windows["tiny"]
+    assert summary["epochs"] == {"tiny": pytest.approx(3 * 8 / windows, abs=1e-4)}
+    assert f"epochs: tiny {summary['epochs']['tiny']:.2f}" in capsys.readouterr().out
+
+
+def test_a_mask_phase_that_does_not_get_there_says_so(train, capsys):
+    train("short", mask_phase__fraction=0.25, mask_phase__target_active=0.25)
+    assert (
+        "of the experts are active at the end of the mask phase, and 25% were wanted"
+        in capsys.readouterr().out
+    )
+    train("long", mask_phase__fraction=0.8, mask_phase__target_active=0.9, mask_phase__gain=0.5)
+    assert "were wanted" not in capsys.readouterr().out

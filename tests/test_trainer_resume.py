@@ -69,6 +69,55 @@ def test_resumed_equals_uninterrupted(train, monkeypatch, settings, capsys):
     assert summaries[0]["validation_loss"] == summaries[1]["validation_loss"]
 
 
+def test_a_resumed_run_is_of_the_same_seed(train, monkeypatch, capsys):
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, 5)
+        broken = train("run", train__save_every_steps=3)
+    before = broken.log()
+    assert train("run", train__resume=True, train__seeds=[1]).status == 2
+    assert "is of seed 0, and train.seeds is 1" in capsys.readouterr().err
+    assert broken.log() == before
+    assert train("run", train__resume=True).status == 0
+    assert train("run", train__resume=True, train__seeds=[1]).status == 2
+    assert "its seed is 0 and train.seeds asks for 1" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"train__total_tokens": 2 * 128}, "has taken 3 steps, and train.total_tokens 256 gives 2"),
+        ({"train__global_batch_size": 4}, "train.global_batch_size was 8 and is 4"),
+        ({"data__order_seed": 1}, "data.order_seed was 0 and is 1"),
+        ({"data__sequence_length": 32}, "data.sequence_length was 16 and is 32"),
+        ({"data__first_sample": 8}, "data.first_sample was 0 and is 8"),
+    ],
+)
+def test_what_would_lose_the_place_in_the_text_is_refused(train, monkeypatch, capsys, changed, words):
+    with monkeypatch.context() as patch:
+        interrupt_before(patch, 5)
+        broken = train("run", train__save_every_steps=3)
+    before = broken.log()
+    assert train("run", train__resume=True, **changed).status == 2
+    assert words in capsys.readouterr().err
+    assert broken.log() == before and not (broken.folder / "summary.json").exists()
+    assert train("run", train__resume=True).status == 0
+
+
+def test_a_seed_more_keeps_the_one_that_is_there(train, capsys):
+    one = train("run", train__total_tokens=3 * 128)
+    both = train("run", train__total_tokens=3 * 128, train__seeds=[0, 1], train__resume=True)
+    assert both.status == 0
+    assert "seed 0 is finished already" in capsys.readouterr().out
+    seeds = json.loads((both.folder / "seeds.json").read_text())
+    assert seeds["seeds"] == [0, 1]
+    # the other way round: one of several is found again
+    again = train("run", train__total_tokens=3 * 128, train__seeds=[1], train__resume=True)
+    assert again.status == 0 and "seed 1 is finished already" in capsys.readouterr().out
+    # without --train.resume nothing is doubled
+    assert train("run", train__total_tokens=3 * 128, train__seeds=[0, 1], train__overwrite=True).status == 2
+    assert f"{one.folder}: holds a run already, begun with one seed" in capsys.readouterr().err
+
+
 def test_a_run_is_replaced_only_when_asked_to(train, monkeypatch, capsys):
     with monkeypatch.context() as patch:
         interrupt_before(patch, 5)

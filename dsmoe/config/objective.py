@@ -33,8 +33,8 @@ class RouterLossSettings:
         mi_target_active: wanted share of experts above the threshold, between 0 and 1.
         mi_control_gain: relative change of the coefficient per step and unit of relative error.
         mi_control_threshold: on N * p (the paper's epsilon).
-        load_balancing_coef: Switch load balancing; beside the mutual information it also keeps the routers of a DS-MoE
-            from collapsing onto few experts early on.
+        load_balancing_coef: Switch load balancing of the MLP routers (attention routers have none); beside the mutual
+            information it also keeps the routers of a DS-MoE from collapsing onto few experts early on.
         router_z_loss_coef: z-loss of all routers.
     """
 
@@ -55,6 +55,11 @@ class RouterLossSettings:
 
     def check(self) -> None:
         """Raise UserError on values that can't work, naming the field."""
+        if self.mi_schedule != "constant" and self.mi_ramp_start > self.mi_ramp_end:
+            raise UserError(
+                f"router_loss.mi_ramp_start is {self.mi_ramp_start} and mi_ramp_end {self.mi_ramp_end}; the start can't "
+                "come after the end"
+            )
         if self.mi_control == "none":
             return
         if not 0 < self.mi_target_active < 1:
@@ -73,7 +78,8 @@ class RouterLossSettings:
 class MaskPhaseSettings:
     """The last part of training with the sparse policy in the forward, so that the model learns to do without.
 
-    The threshold (on N * p, one for all layers) is steered in closed loop to the wanted share of active experts.
+    The threshold (on N * p, one for all layers) is steered in closed loop to the wanted share of active experts. With
+    one target it starts at 0.5, and takes some dozens of steps to get there: the run says at its end where it hasn't.
 
     Args:
         fraction: share of the steps at the end that run with the mask; 0: none.

@@ -196,8 +196,8 @@ class RunConfig:
 
     @property
     def total_steps(self) -> int:
-        """Optimiser steps of the run (at least 1)."""
-        return max(1, self.train.total_tokens // self.tokens_per_step)
+        """Optimiser steps of the run; a rest of tokens that fills no step is left out."""
+        return self.train.total_tokens // self.tokens_per_step
 
     def model_config(self, **token_ids: int | None) -> DSMoEConfig:
         """The model's configuration, with special token ids added; raises UserError where it is impossible."""
@@ -212,6 +212,11 @@ class RunConfig:
         )
         if not self.data.path:
             raise UserError("data.path is empty; give a token folder made by `dsmoe data prepare`")
+        if self.optim.schedule == "wsd" and self.optim.warmup_fraction + self.optim.decay_fraction > 1:
+            raise UserError(
+                f"optim.warmup_fraction {self.optim.warmup_fraction} and decay_fraction {self.optim.decay_fraction} sum "
+                "to more than 1, and schedule 'wsd' has both in one run"
+            )
         if not self.train.seeds:
             raise UserError("train.seeds is empty; give at least one seed")
         for seed in self.train.seeds:
@@ -229,6 +234,11 @@ class RunConfig:
                 f"data.sequence_length {self.data.sequence_length} is above "
                 f"model.max_position_embeddings {self.model.max_position_embeddings}"
             )
+        if self.train.total_tokens < self.tokens_per_step:
+            raise UserError(
+                f"train.total_tokens {self.train.total_tokens} is below one step of {self.tokens_per_step} tokens "
+                f"(train.global_batch_size {self.train.global_batch_size} sequences of {self.data.sequence_length})"
+            )
         self.router_loss.check()
         self.mask_phase.check()
         self.distillation.check()
@@ -237,10 +247,12 @@ class RunConfig:
     def _check_kind(self) -> None:
         """What the kind of model rules out."""
         kind = self.model.kind
-        if kind == "smoe" and self.mask_phase.fraction:
+        if kind != "dsmoe" and self.mask_phase.fraction:
+            why = "which trains sparsely from the first step, by its own policies"
             raise UserError(
-                f"mask_phase.fraction is {self.mask_phase.fraction} with model.kind 'smoe', which trains sparsely from "
-                "the first step, by its own policies; leave the mask phase out, or use kind 'dsmoe'"
+                f"mask_phase.fraction is {self.mask_phase.fraction} with model.kind {kind!r}, "
+                f"{why if kind == 'smoe' else 'which has no experts to leave out'}; leave the mask phase out, or use "
+                "kind 'dsmoe'"
             )
         for name in ("mlp_routing", "attention_routing"):
             policies = getattr(self.model, name)

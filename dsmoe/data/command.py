@@ -119,7 +119,7 @@ def _add_prepare(commands) -> None:
     add("--split-paragraphs", action="store_true", help="plain text: blank lines separate documents")
     add("--train-tokenizer", type=int, metavar="VOCAB_SIZE", help="train a byte-level BPE on the sources")
     add("--tokenizer", metavar="NAME_OR_PATH", help="use this one: tokenizer.json, folder or Hub name")
-    add("--eos-token", metavar="TOKEN", help="ends a document (default: the tokenizer's)")
+    add("--eos-token", metavar="TOKEN", help="ends a document, with --tokenizer (default: the tokenizer's)")
     add("--validation-fraction", type=float, metavar="F", help="documents held out (default: 0.01)")
     add("--test-fraction", type=float, metavar="F", help="documents held out for test (default: 0)")
     add("--seed", type=int, help="of the shuffle and of what is held out (default: 0)")

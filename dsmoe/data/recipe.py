@@ -7,10 +7,9 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dsmoe.data.documents import HUB_PREFIX, parse_hub, read_hub, read_texts
 from dsmoe.errors import UserError
+from dsmoe.files import load_yaml
 
 _NAME = re.compile(r"[A-Za-z0-9_.-]+")
 
@@ -111,13 +110,7 @@ def read_recipe(path: str | Path) -> Recipe:
     Raises:
         UserError: not YAML, an unknown key (the nearest known one is named), or a value of the wrong kind.
     """
-    try:
-        values = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such recipe") from None
-    except (yaml.YAMLError, UnicodeDecodeError, IsADirectoryError) as error:
-        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
-    values = _checked(values, Recipe, str(path))
+    values = _checked(load_yaml(path), Recipe, str(path))
     sources = values.pop("sources", {})
     if not isinstance(sources, Mapping):
         raise UserError(f"{path}: sources is {sources!r:.60}; it must map names to sources")
@@ -203,6 +196,10 @@ def check_recipe(recipe: Recipe) -> None:
         found = "neither" if recipe.tokenizer is None else "both"
         raise UserError(
             f"give one of --train-tokenizer VOCAB_SIZE and --tokenizer NAME_OR_PATH; {found} is set"
+        )
+    if recipe.train_tokenizer is not None and recipe.eos_token is not None:
+        raise UserError(
+            f"--eos-token {recipe.eos_token!r} names a token of an existing --tokenizer; one that is trained has its own"
         )
     held_out = recipe.validation_fraction + recipe.test_fraction
     if held_out >= 1:

@@ -21,6 +21,7 @@ from tqdm import tqdm
 
 from dsmoe.allocator import keep_freed_memory
 from dsmoe.checkpoint.pretrained import load_pretrained
+from dsmoe.config import DSMoEConfig
 from dsmoe.config.routing import Policy
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.environment import describe
@@ -201,7 +202,7 @@ def budgets_of(
     if config.kind == "dense":
         return {1.0: own}
     if config.kind == "smoe":
-        return {config.routing("mlp", 0)["k"] / config.num_experts: own}
+        return {_own_share(config): own}
     found: dict[float, Policies] = {1.0: own}
     wanted = [share for share in shares if share >= 1 / config.num_experts]
     frontier = None
@@ -215,6 +216,22 @@ def budgets_of(
     return found
 
 
+def _own_share(config: DSMoEConfig) -> float:
+    """The active share that an SMoE was trained with, over its layers.
+
+    Raises:
+        UserError: it keeps no fixed number of experts.
+    """
+    policies = [config.routing("mlp", layer) for layer in range(config.num_hidden_layers)]
+    odd = next((policy for policy in policies if policy.get("k") is None), None)
+    if odd is not None:
+        raise UserError(
+            f"an SMoE of the study has the policy {odd['policy']!r}, and budgets are those of SMoEs with a fixed number "
+            "of experts (top_k); leave its runs out with --only"
+        )
+    return sum(policy["k"] for policy in policies) / len(policies) / config.num_experts
+
+
 def _trained_shares(output: Path, runs: Sequence[StudyRun]) -> dict[int, set[float]]:
     """The shares that the finished SMoEs were trained with, by their number of experts."""
     found: dict[int, set[float]] = defaultdict(set)
@@ -222,7 +239,7 @@ def _trained_shares(output: Path, runs: Sequence[StudyRun]) -> dict[int, set[flo
         if (output / run.name / "summary.json").exists():
             model: Mapping[str, Any] = read_json(output / run.name / "summary.json")["config"]["model"]
             if model["kind"] == "smoe":
-                found[model["num_experts"]].add(model["mlp_routing"]["k"] / model["num_experts"])
+                found[model["num_experts"]].add(_own_share(DSMoEConfig(**model)))
     return found
 
 

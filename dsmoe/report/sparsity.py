@@ -83,8 +83,22 @@ def run(args: argparse.Namespace, words: str) -> None:
     tasks = parse_tasks(args.tasks) if args.tasks else []
     if args.record and args.record.exists() and not args.overwrite:
         raise UserError(f"{args.record}: the record exists; pass --overwrite to replace it")
+    wrong = [share for share in args.shares or () if not 0 < share < 1]
+    if wrong:
+        raise UserError(
+            f"--shares: {wrong[0]:g} is no active share; give numbers between 0 and 1, such as 0.15,0.25"
+        )
+    bad = [bound for bound in args.bounds if not 0 < bound < float("inf")]
+    if bad:
+        raise UserError(
+            f"--bounds: {bad[0]:g} is no increase of the loss; give nats above 0, such as 0.005,0.01"
+        )
     keep_freed_memory()
     model, folder = load_pretrained(args.checkpoint, torch.float32)
+    if model.config.num_experts == 1:
+        raise UserError(
+            f"{args.checkpoint}: has no MLP experts to choose from; a sweep needs a DS-MoE or an SMoE"
+        )
     model = model.eval().to(default_device())  # type: ignore[arg-type]
     args.output = args.output or folder.parent / "sparsity-sweep"
     results = sweep(model, folder, args)

@@ -3,8 +3,9 @@
 import argparse
 import fnmatch
 import json
+import shlex
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -16,8 +17,9 @@ from dsmoe.records import write_record
 from dsmoe.study.kept import Kept, read_kept
 from dsmoe.study.launcher import is_finished, launch
 from dsmoe.study.plot import curves_plot, losses_plot, routers_plot
+from dsmoe.study.rehearse import check_runs
 from dsmoe.study.routers import router_courses, shortened
-from dsmoe.study.spec import Study, StudyRun, read_study
+from dsmoe.study.spec import Study, StudyRun, check_setting, read_study
 from dsmoe.study.tabulate import collect, table
 
 EPILOG = """examples:
@@ -67,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(args: argparse.Namespace) -> None:
-    if args.workers < 1 or args.threads < 0 or args.minutes < 0:
+    if args.workers < 1 or args.threads < 0 or not 0 <= args.minutes < float("inf"):
         raise UserError(
             f"--workers {args.workers}, --threads {args.threads} and --minutes {args.minutes:g}: workers must be at "
             "least 1, the others at least 0"
@@ -77,11 +79,14 @@ def _run(args: argparse.Namespace) -> None:
         name, equals, value = setting.partition("=")
         if not equals:
             raise UserError(f"--set {setting!r} must be NAME=VALUE, for example data.path=data/mine")
+        check_setting(name, f"--set {setting!r}")
         for run in study.runs:
             run.settings[name] = value
     chosen = [run for run in study.runs if fnmatch.fnmatch(run.name, args.only)]
     if not chosen:
         raise UserError(f"--only {args.only!r} matches no run; --list prints them")
+    if not args.table_only:
+        check_runs(study, chosen, args.output)
     if args.list:
         print("\n".join(run.name for run in chosen))
         return
@@ -120,7 +125,7 @@ def _carry_out(args: argparse.Namespace, study: Study, chosen: Sequence[StudyRun
         if lost:
             problems.append(_not_replaced(args.record, lost))
         else:
-            _write_record(args, study, results, files)
+            _write_record(args, study, results, files, failed)
     if problems:
         raise UserError("; ".join(problems))
 
@@ -198,20 +203,33 @@ def _draw(output: Path, results: Mapping[str, Any], kept: Kept) -> list[str]:
 
 
 def _write_record(
-    args: argparse.Namespace, study: Study, results: Mapping[str, Any], files: Sequence[str]
+    args: argparse.Namespace,
+    study: Study,
+    results: Mapping[str, Any],
+    files: Sequence[str],
+    failed: Collection[str],
 ) -> None:
     """The record of what is finished; it says so where something is missing."""
     missing = len(results["missing"])
-    partial = f"PARTIAL: {missing} of {len(study.runs)} runs are missing. " if missing else ""
+    partial = (
+        f"PARTIAL: {missing} of {len(study.runs)} runs are missing{_of_which(failed)}. " if missing else ""
+    )
+    settings = "".join(f" --set {shlex.quote(setting)}" for setting in args.set)
     write_record(
         args.record,
         title=study.title,
-        command=f"python train/study.py {args.study} --output {args.output} --record {args.record}",
+        command=f"python train/study.py {args.study} --output {args.output}{settings} --record {args.record}",
         conclusion=f"{partial}{study.conclusion}\n\n{table(results)}",
         files=[args.output / name for name in files],
-        details={"data": results["environment"].get("corpus"), "missing": results["missing"]},
+        details={
+            "data": results["environment"].get("corpus"), "missing": results["missing"], "failed": sorted(failed),
+        },
         overwrite=True,
-    )
+    )  # fmt: skip
+
+
+def _of_which(failed: Collection[str]) -> str:
+    return f", of which these failed: {', '.join(sorted(failed))}" if failed else ""
 
 
 def _logs(output: Path, results: Mapping[str, Any], kept: Kept) -> Iterator[str]:

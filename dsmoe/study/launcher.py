@@ -71,7 +71,12 @@ def is_finished(study: Study, run: StudyRun, output: Path) -> bool:
         raise UserError(f"{folder}: holds a run of other settings; remove it, or name another --output")
     if not summary.exists():
         return False
-    read, present = read_json(summary)["environment"].get("corpus"), corpus_of(study, run)
+    found = read_json(summary)
+    if found["seed"] != run.seed:
+        raise UserError(
+            f"{folder}: holds a run of seed {found['seed']}, not {run.seed}; remove it, or name another --output"
+        )
+    read, present = found["environment"].get("corpus"), corpus_of(study, run)
     if read and present and read != present:
         raise UserError(f"{folder}: holds a run of another text; remove it, or name another --output")
     return True

@@ -37,6 +37,8 @@ from dsmoe.files import load_yaml
 from dsmoe.study.curves import AXES, Curve
 
 KEYS = {"name", "title", "conclusion", "config", "settings", "groups", "pairs", "curves"}
+# the study says these of each run; a setting of them would be silently set aside
+OWN_SETTINGS = ("train.seeds", "train.output_dir", "train.resume", "train.overwrite")
 GROUP_KEYS = {"settings", "grid", "seeds"}
 CURVE_KEYS = {"pair", "against", "points"}
 
@@ -145,11 +147,23 @@ def _settings(value: Any, place: str) -> dict[str, Any]:
     for name, setting in found.items():
         if not isinstance(name, str):
             raise UserError(f"{place}: {name!r} is no dotted name, such as train.total_tokens")
+        check_setting(name, place)
         try:
             json.dumps(setting)
         except (TypeError, ValueError):
             raise UserError(f"{place}.{name} is {setting!r}, which is no setting; quote a text") from None
     return found
+
+
+def check_setting(name: str, place: str) -> None:
+    """Refuse a setting that the study itself makes.
+
+    Raises:
+        UserError: it is one.
+    """
+    if name in OWN_SETTINGS:
+        advice = "give the group's `seeds`" if name == "train.seeds" else "leave it out"
+        raise UserError(f"{place}: {name} is set by the study itself; {advice}")
 
 
 def _list(value: Any, place: str) -> list[Any]:
@@ -164,7 +178,13 @@ def _group_runs(name: str, group: dict[str, Any], shared: dict[str, Any], path: 
         axis: _mapping(points, f"{place}.grid.{axis}")
         for axis, points in _mapping(group.get("grid"), f"{place}.grid").items()
     }
+    for axis, points in axes.items():
+        if not points:
+            raise UserError(
+                f"{place}.grid.{axis} has no points, so the group would have no runs; give one or more"
+            )
     own = _settings(group.get("settings"), f"{place}.settings")
+    _check_labels(group.get("seeds"), axes, f"{place}.seeds")
     runs = []
     for point in itertools.product(*axes.values()):
         labels = {axis: str(label) for axis, label in zip(axes, point)}
@@ -178,6 +198,16 @@ def _group_runs(name: str, group: dict[str, Any], shared: dict[str, Any], path: 
     return runs
 
 
+def _check_labels(seeds: Any, axes: Mapping[str, Mapping[Any, Any]], place: str) -> None:
+    """Refuse seeds of a point that no axis has."""
+    known = {str(label) for points in axes.values() for label in points}
+    for label in seeds if isinstance(seeds, Mapping) else ():
+        if str(label) not in known:
+            raise UserError(
+                f"{place} names {label!r}, which is no point of the grid ({', '.join(sorted(known)) or 'there is none'})"
+            )
+
+
 def _seeds(value: Any, labels: list[str], place: str) -> list[int]:
     """The seeds of a point: the group's, or where a mapping is given those of the one of its labels that is in it."""
     seeds = value
@@ -188,10 +218,10 @@ def _seeds(value: Any, labels: list[str], place: str) -> list[int]:
             raise UserError(f"{place} names {len(known)} points of {point!r}; it must name one, or be a list")
         seeds = {str(label): own for label, own in value.items()}[known[0]]
     # type() and not isinstance: true is an int in Python
-    fit = isinstance(seeds, list) and all(type(seed) is int and seed >= 0 for seed in seeds)
+    fit = isinstance(seeds, list) and all(type(seed) is int and 0 <= seed < 2**32 for seed in seeds)
     if not fit or not seeds or len(set(seeds)) < len(seeds):
         raise UserError(
-            f"{place} is {seeds!r}; it must be a list of different integers from 0 on, such as [0, 1, 2]"
+            f"{place} is {seeds!r}; it must be a list of different integers from 0 to 2**32 - 1, such as [0, 1, 2]"
         )
     return seeds
 
@@ -235,8 +265,25 @@ def _pairs(pairs: Any, runs: list[StudyRun], path: Path) -> list[tuple[str, str]
                 f"{path}: pairs names {problem}; give two groups ({', '.join(sorted(groups))}) or two points "
                 f"(such as {sorted(points)[0]})"
             )
+        if not _ever_matches(names, runs):
+            raise UserError(
+                f"{path}: pairs holds {pair!r}, which have no point and seed in common, so nothing would be compared; "
+                f"name two points (such as {sorted(points)[0]}), or give both the same axes and a seed"
+            )
         found.append(names)
     return found
+
+
+def _ever_matches(names: tuple[str, str], runs: list[StudyRun]) -> bool:
+    """Whether any run of the first name has a partner of the second, as `tabulate` matches them."""
+    of_point = {(run.point, run.seed): run for run in runs}
+    if {run.point for run in runs}.issuperset(names):
+        return any((names[1], run.seed) in of_point for run in runs if run.point == names[0])
+    return any(
+        ("-".join([names[1], *run.labels.values()]), run.seed) in of_point
+        for run in runs
+        if run.group == names[0]
+    )
 
 
 def _curve(value: Any, runs: list[StudyRun], place: str) -> Curve:

@@ -13,20 +13,20 @@ from dsmoe.study.curves import follow, sentence
 from dsmoe.study.kept import Kept, digest
 from dsmoe.study.launcher import is_finished
 from dsmoe.study.spec import Study, StudyRun
+from dsmoe.trainer.differences import with_defaults
+from dsmoe.trainer.outcome import final_loss, measured_by, unlike
 
 COPIED = ("kind", "tokens", "validation_loss", "validation_loss_sparse", "test_loss", "test_loss_sparse",
           "active_experts_sparse", "mlp_active_fraction", "num_params_total", "num_params_active", "training_flops",
           "training_seconds", "evaluation_windows")  # fmt: skip
 # the seeds of a point take the same steps, so a larger difference comes from how FLOPs were counted
 SAME_FLOPS = 0.01
+SPARSE = (
+    "Losses of a DS-MoE are those of its sparse mode: at the threshold that its mask phase ended with, without such a "
+    "phase at train.eval_policy. Active shares and parameters are measured on the validation split."
+)
 
 Row = Mapping[str, Any]
-
-
-def final_loss(row: Row, split: str = "validation") -> float:
-    """The loss in the mode that a model is run in: sparse for a DS-MoE, its own for the others."""
-    sparse = row.get(f"{split}_loss_sparse")
-    return row[f"{split}_loss"] if sparse is None else sparse
 
 
 def collect(study: Study, output: Path, kept: Kept | None = None) -> dict[str, Any]:
@@ -73,6 +73,7 @@ def _row(study: Study, run: StudyRun, summary: Row, begun: Path) -> dict[str, An
     found = {"name": run.name, "group": run.group, "labels": run.labels, "seed": run.seed}
     found |= {key: summary[key] for key in COPIED if key in summary}
     found |= {"model": summary["config"]["model"], "corpus": summary["environment"].get("corpus")}
+    found["measured_by"] = measured_by(with_defaults(summary["config"]))
     if not begun.exists():
         # nobody knows of what settings such a folder is, so its row claims none by a digest
         return {**found, "settings": run.settings}
@@ -128,12 +129,11 @@ def _matches(
 
 def _unlike(row: Row, other: Row) -> str | None:
     """Why the losses of two runs can't be compared; None where they can."""
-    texts = {row.get("corpus"), other.get("corpus")} - {None}
-    if len(texts) > 1:
-        return "the two runs read different texts"
-    if row.get("evaluation_windows") != other.get("evaluation_windows"):
-        return "the two runs were measured on different parts of a split"
-    return None
+    return unlike(
+        (row.get("corpus"), other.get("corpus")),
+        (row.get("evaluation_windows"), other.get("evaluation_windows")),
+        (row.get("measured_by"), other.get("measured_by")),
+    )
 
 
 def _pair(rows: Sequence[Row], first: str, second: str) -> list[dict[str, Any]]:
@@ -198,6 +198,17 @@ def flops_notes(points: Iterable[tuple[str, Sequence[Row]]]) -> list[str]:
     ]
 
 
+def _millions(number: float) -> str:
+    return f"{number / 1e6:.2f}M" if number >= 5e4 else f"{number / 1e3:.1f}k"
+
+
+def _share(rows: Sequence[Row]) -> str:
+    """The measured share of MLP experts, on average over rows; empty for rows of a version that didn't measure it."""
+    shares = [row.get("mlp_active_fraction") for row in rows]
+    known = [share for share in shares if share is not None]
+    return f"{sum(known) / len(known):.0%}" if len(known) == len(rows) else ""
+
+
 def table(results: Row) -> str:
     """The study as Markdown: one row a point, then the paired differences."""
     rows = []
@@ -209,15 +220,26 @@ def table(results: Row) -> str:
             [
                 point_name(point),
                 str(len(same)),
-                f"{first['tokens'] / 1e6:.2f}M",
-                f"{first['num_params_total'] / 1e6:.2f}M",
-                f"{first['num_params_active'] / 1e6:.2f}M",
+                _millions(first["tokens"]),
+                _millions(first["num_params_total"]),
+                _share(same),
+                _millions(sum(row["num_params_active"] for row in same) / len(same)),
                 f"{mean_flops(same):.2e}",
                 shown(point.get("validation_loss")),
                 shown(point.get("test_loss")),
             ]
         )
-    header = ["runs", "seeds", "tokens", "total", "active", "FLOPs", "validation loss", "test loss"]
+    header = [
+        "runs",
+        "seeds",
+        "tokens",
+        "total",
+        "MLP active",
+        "active",
+        "FLOPs",
+        "validation loss",
+        "test loss",
+    ]
     text = markdown_table(header, rows)
     if results["pairs"]:
         split = "test" if any("test" in pair for pair in results["pairs"]) else "validation"
@@ -231,5 +253,6 @@ def table(results: Row) -> str:
         text += "\n\n" + markdown_table(header, pairs)
     if results["curves"]:
         text += "\n\n" + "\n".join(f"- {sentence(curve)}" for curve in results["curves"])
-    notes = flops_notes((point_name(same[0]), same) for same in by_point.values()) + results["notes"]
+    notes = [SPARSE] if any("validation_loss_sparse" in row for row in results["runs"]) else []
+    notes += flops_notes((point_name(same[0]), same) for same in by_point.values()) + results["notes"]
     return text + "".join(f"\n\n{note}" for note in notes)

@@ -14,7 +14,7 @@ from dsmoe.checkpoint import discard, load_checkpoint, newest_intact, save_check
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError
 from dsmoe.files import write_json
-from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
+from dsmoe.trainer.differences import HARMLESS, POSITION, differences, with_defaults
 from dsmoe.trainer.log import RunLog
 from dsmoe.trainer.parallel import Replicated, Tensors
 from dsmoe.trainer.signals import SIGNALS, Stopped, StopSignals
@@ -151,9 +151,27 @@ class Checkpointer:
             raise UserError(f"{checkpoint}: was trained on another token folder than {self.config.data.path}")
         self.state.load(record, tensors)
         self._saved_step = self.state.step
-        for change in differences(with_defaults(record["config"]), dataclasses.asdict(self.config), HARMLESS):
+        for change in self._changes(checkpoint, record):
             self.accelerator.print(f"warning: {change} since {checkpoint.name}")
         for change in differences(record["environment"], self.environment):
             self.accelerator.print(f"warning: {change}: losses may differ in the last bits")
         self.log.rewind(self.state.step)
         self.accelerator.print(f"resuming {checkpoint.name}")
+
+    def _changes(self, checkpoint: Path, record: dict[str, Any]) -> list[str]:
+        """What differs between the run that is resumed and this one; refuses what can't be gone on with."""
+        advice = "give what the run began with, or begin another in an --train.output_dir of its own"
+        if record["seed"] != self.seed:
+            raise UserError(
+                f"{checkpoint}: is of seed {record['seed']}, and train.seeds is {self.seed}; {advice}"
+            )
+        if record["step"] > self.config.total_steps:
+            raise UserError(
+                f"{checkpoint}: has taken {record['step']} steps, and train.total_tokens "
+                f"{self.config.train.total_tokens} gives {self.config.total_steps}; {advice}"
+            )
+        changes = differences(with_defaults(record["config"]), dataclasses.asdict(self.config), HARMLESS)
+        moved = [change for change in changes if change.startswith(tuple(f"{name} " for name in POSITION))]
+        if moved:
+            raise UserError(f"{checkpoint}: {moved[0]}, so the text would not go on where it was; {advice}")
+        return changes

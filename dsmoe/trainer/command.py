@@ -7,7 +7,7 @@ import json
 import re
 import sys
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any
 
@@ -17,14 +17,15 @@ from jsonargparse import ArgumentParser, Namespace
 
 from dsmoe.checkpoint import clean_leftovers, holds_checkpoints, told_when_full
 from dsmoe.config.run import RunConfig
-from dsmoe.data.windows import PLACEMENT
+from dsmoe.data.corpus import TokenCorpus
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import load_yaml, read_json, write_json, write_text
 from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
 from dsmoe.trainer.launch import finish, start
 from dsmoe.trainer.lock import RunLock
 from dsmoe.trainer.loop import TrainingRun
-from dsmoe.trainer.seeds import compare, seed_summaries, summarise
+from dsmoe.trainer.outcome import measured_by
+from dsmoe.trainer.seeds import check_comparable, compare, summarise
 from dsmoe.trainer.signals import Stopped, StopSignals
 from dsmoe.trainer.starting_point import adopt_model
 from dsmoe.trainer.together import on_main
@@ -35,6 +36,14 @@ EPILOG = """examples:
   torchrun --nproc_per_node 2 train/pretrain.py --config ... --train.micro_batch_size 16
   accelerate launch train/pretrain.py --config ... --train.seeds [0,1,2] --compare_to runs/dense
 """
+
+
+# what jsonargparse calls a type, and what is meant
+_TYPES = {
+    "a <class 'int'>": "an integer, such as 1000000",
+    "a <class 'float'>": "a number (.nan and .inf are none)",
+    "a <class 'bool'>": "true or false",
+}
 
 
 class _Parser(ArgumentParser):
@@ -49,6 +58,8 @@ class _Parser(ArgumentParser):
             if name not in self.known and near:
                 message += f"; the nearest known name is {near[0]!r}"
                 break
+        for name, words in _TYPES.items():
+            message = message.replace(name, words)
         print(f"error: {message}", file=sys.stderr)
         self.exit(2)
 
@@ -66,12 +77,19 @@ def build_parser() -> ArgumentParser:
         "--print_only", type=bool, default=False, help="print the resolved configuration and stop"
     )
     parser.add_class_arguments(RunConfig, None)
-    parser.known = tuple(action.dest for action in parser._actions)
+    names = [action.dest for action in parser._actions]
+    sections = {name.rpartition(".")[0] for name in names}
+    parser.known = tuple(name for name in names if name not in sections)
     return parser
 
 
 def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, Any, str]:
-    """The run's configuration, the other arguments, and the resolved YAML."""
+    """The run's configuration, the other arguments, and the resolved YAML.
+
+    Raises:
+        UserError: values that can't work; SystemExit with status 2, after a line on stderr, where they are of no setting
+            or of the wrong type.
+    """
     parser = build_parser()
     namespace = parser.parse_args(argv)
     for path in namespace["config"] or []:
@@ -83,7 +101,12 @@ def parse(argv: Sequence[str] | None = None) -> tuple[RunConfig, Any, str]:
     made = parser.instantiate(namespace)
     sections = {name: getattr(made, name) for name in RunConfig.__dataclass_fields__}
     config = RunConfig(**sections)
-    config.check()
+    # the limits of a run depend on its model, which with train.init_from is another than the one in `model`
+    if config.train.init_from:
+        adopt_model(config)
+    else:
+        config.check()
+    config.model_config()
     return config, made, _as_yaml(config)
 
 
@@ -105,9 +128,8 @@ def _run(argv: Sequence[str] | None) -> None:
         print(resolved)
         return
     note = adopt_model(config)
-    config.model_config()
     if arguments.compare_to:
-        _check_twin(arguments.compare_to)
+        _check_twin(config, arguments.compare_to)
     accelerator = start(config)
     if note:
         accelerator.print(note)
@@ -132,33 +154,37 @@ def _run(argv: Sequence[str] | None) -> None:
         raise end
 
 
-def _check_twin(folder: str) -> None:
+def _check_twin(config: RunConfig, folder: str) -> None:
     """Refuse, before training, a run that can't be compared to after it."""
-    summaries = seed_summaries(Path(folder))
-    if not summaries:
-        raise UserError(f"--compare_to {folder}: no finished run there (no summary.json)")
-    for seed, summary in summaries.items():
-        if summary.get("evaluation_windows") != PLACEMENT:
-            raise UserError(
-                f"--compare_to {folder}: seed {seed} was measured by an older version, on the first tokens of each "
-                "source instead of windows spread over the split; train it anew"
-            )
+    corpus = TokenCorpus(config.data.path).fingerprint
+    try:
+        check_comparable(config.train.seeds, corpus, measured_by(dataclasses.asdict(config)), Path(folder))
+    except UserError as error:
+        raise UserError(f"--compare_to {error}") from None
 
 
 def _take_over(root: Path, held: ExitStack) -> None:
     """Lock the folder of the run until `held` ends, and delete what a killed process has left half-written."""
+    if not root.exists():
+        held.callback(_leave_no_empty_folder, root)
     held.enter_context(RunLock(root))
     folders = [root, *sorted(root.glob("seed-*"))]
     clean_leftovers([*folders, *(folder / "checkpoints" for folder in folders)])
+
+
+def _leave_no_empty_folder(root: Path) -> None:
+    """Remove the folder of a run that was refused; one that holds anything stays."""
+    with suppress(OSError):
+        root.rmdir()
 
 
 def _train_seeds(config: RunConfig, accelerator: Accelerator, signals: StopSignals) -> list[dict[str, Any]]:
     """One run a seed, one after the other; returns their summaries."""
     root, summaries = Path(config.train.output_dir), []
     for seed in config.train.seeds:
-        folder = root if len(config.train.seeds) == 1 else root / f"seed-{seed}"
+        folder = _folder_of(config, seed)
         if config.train.resume and (folder / "summary.json").exists():
-            summaries.append(_finished(config, folder))
+            summaries.append(_finished(config, seed, folder))
             accelerator.print(f"seed {seed} is finished already ({folder / 'summary.json'})")
             continue
         _refuse_to_replace(config, folder)
@@ -186,10 +212,39 @@ def _compare(root: Path, summaries: list[dict[str, Any]], other: str | None) -> 
         print(json.dumps(paired))
 
 
-def _finished(config: RunConfig, folder: Path) -> dict[str, Any]:
-    """The summary of a finished run, which must be one of the same configuration."""
+def _folder_of(config: RunConfig, seed: int) -> Path:
+    """The folder of a seed's run: output_dir itself for a single seed, one in it for one of several.
+
+    What stands there in the other form is found when a run is resumed, and never doubled.
+
+    Raises:
+        UserError: another run stands in the place that seeds of the other form would have.
+    """
+    root = Path(config.train.output_dir)
+    folder, other = root, root / f"seed-{seed}"
+    if len(config.train.seeds) > 1:
+        folder, other = other, folder
+    finished = other / "summary.json"
+    if finished.exists():
+        same = read_json(finished)["seed"] == seed
+        if same and config.train.resume:
+            return other
+    else:
+        same = holds_checkpoints(other)
+    if same:
+        raise UserError(
+            f"{other}: holds a run already, begun with {'one seed' if other == root else 'several seeds'}; finish it as "
+            "it was begun, or name another --train.output_dir"
+        )
+    return folder
+
+
+def _finished(config: RunConfig, seed: int, folder: Path) -> dict[str, Any]:
+    """The summary of a finished run, which must be one of the same configuration and seed."""
     summary = read_json(folder / "summary.json")
     changes = differences(with_defaults(summary["config"]), dataclasses.asdict(config), HARMLESS)
+    if summary["seed"] != seed:
+        changes.insert(0, f"its seed is {summary['seed']} and train.seeds asks for {seed}")
     if changes:
         raise UserError(
             f"{folder}: holds a finished run of another configuration ({changes[0]}); name another --train.output_dir, "

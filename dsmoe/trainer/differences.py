@@ -15,6 +15,10 @@ HARMLESS = frozenset(
     )
 ) | {"data.path", "name", "guard.max_consecutive", "guard.max_total"}  # fmt: skip
 
+# these say which sample a step reads: a run that went on with others would read text twice or not at all
+POSITION = ("train.global_batch_size", "data.sequence_length", "data.order_seed", "data.weights", "data.first_sample",
+            "data.unique_fraction")  # fmt: skip
+
 
 def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A run's saved settings, with the defaults of those that have been added to the code since."""

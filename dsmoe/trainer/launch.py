@@ -1,11 +1,13 @@
 """Starting processes: the accelerator, and the guard against fewer processes than were asked for."""
 
 import os
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator, InitProcessGroupKwargs
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from dsmoe.allocator import keep_freed_memory
 from dsmoe.config.run import RunConfig
@@ -30,8 +32,10 @@ def start(config: RunConfig) -> Accelerator:
             or for torch.compile.
 
     Raises:
-        UserError: fewer processes came up than were asked for, or launcher and run contradict each other.
+        UserError: a tracker isn't installed, fewer processes came up than were asked for, or launcher and run
+            contradict each other.
     """
+    _check_trackers(config.train.trackers)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
     on_cpu = not torch.cuda.is_available() or flag("ACCELERATE_USE_CPU")
@@ -63,12 +67,23 @@ def start(config: RunConfig) -> Accelerator:
         keep_from_transformers()
     check_processes(accelerator.num_processes, config.train.num_processes)
     idle = (os.cpu_count() or 1) - torch.get_num_threads() * accelerator.num_processes
-    if on_cpu and idle > 0:
+    if on_cpu and idle > 0 and not config.train.num_threads:
         accelerator.print(
             f"note: {torch.get_num_threads()} thread(s) a process leave {idle} core(s) idle; `accelerate launch` starts "
             "with one thread unless told --num_cpu_threads_per_process (or --train.num_threads) otherwise"
         )
     return accelerator
+
+
+def _check_trackers(names: Sequence[str]) -> None:
+    """accelerate trains on without a tracker whose package isn't there."""
+    there = [str(tracker.value) for tracker in get_available_trackers()]
+    for name in names:
+        if name in LOGGER_TYPE_TO_CLASS and name not in there:
+            raise UserError(
+                f"train.trackers: the package of {name!r} isn't installed; install it, or leave the tracker out "
+                "(log.jsonl is written in any case)"
+            )
 
 
 def _process_group(on_cpu: bool) -> InitProcessGroupKwargs:

@@ -32,7 +32,7 @@ from dsmoe.trainer.distillation import Distiller
 from dsmoe.trainer.first_thresholds import first_thresholds
 from dsmoe.trainer.guard import Guard
 from dsmoe.trainer.log import RunLog
-from dsmoe.trainer.mask_phase import make_controller
+from dsmoe.trainer.mask_phase import make_controller, missed_target
 from dsmoe.trainer.matmul import choose_float32_matmul
 from dsmoe.trainer.mi_control import make_mi_controller
 from dsmoe.trainer.signals import StopSignals
@@ -131,7 +131,8 @@ class TrainingRun:
         self.accelerator.print(
             f"{self.config.name}: {total_parameters(self.raw_model.config):,}"
             f" parameters, {self.config.total_steps} steps of {self.config.tokens_per_step:,} tokens, "
-            f"kernel {self.environment['kernel']}, {self.accelerator.num_processes} process(es)"
+            f"kernel {self.environment['kernel']}, {self.accelerator.num_processes} process(es); epochs: "
+            + ", ".join(f"{name} {times:.2f}" for name, times in self._epochs().items())
         )
 
     def run(self) -> dict[str, Any]:
@@ -258,6 +259,10 @@ class TrainingRun:
 
     def _finish(self) -> dict[str, Any]:
         found = self._validate()
+        active = found.get("active_experts_sparse")
+        missed = active and missed_target(self.controller, active, self.raw_model.config.num_experts)
+        if missed:
+            self.accelerator.print(missed)
         measured = self.validator.measured
         with self.layers_as_written():
             tested = self.validator.test(self.controller)
@@ -270,6 +275,7 @@ class TrainingRun:
             **tested,
             "evaluation_windows": PLACEMENT,
             **self._cost(measured),
+            "epochs": self._epochs(),
             "training_seconds": round(self.state.elapsed(), 1),
             "skipped_steps": self.state.guard.total,
             **self.controller.summary(),
@@ -290,6 +296,13 @@ class TrainingRun:
         self.accelerator.wait_for_everyone()
         self.accelerator.print(json.dumps({"final": str(self.folder / "final"), **found}))
         return summary
+
+    def _epochs(self) -> dict[str, float]:
+        """How often each source has been read, by its name."""
+        first = self.config.data.first_sample
+        last = first + self.config.total_steps * self.config.train.global_batch_size
+        before, after = self.loader.epoch(first), self.loader.epoch(last)
+        return {name: round(after[name] - before[name], 4) for name in after}
 
     def _cost(self, mean_active: dict[str, list[float]]) -> dict[str, Any]:
         stepper = self.stepper

@@ -12,6 +12,8 @@ from dsmoe.config.routing import DENSE, Policy
 from dsmoe.config.run import MaskPhaseSettings
 from dsmoe.errors import UserError
 
+# relative error of the active share from which on a run says that the threshold hasn't got there
+MISSED = 0.1
 Routing = dict[str, Any]  # keyword arguments of `use_routing`
 
 
@@ -49,6 +51,11 @@ class ThresholdController:
         settings = self.settings
         self.threshold *= steering_factor(active_share, settings.target_active, settings.gain)
         self.steps += 1
+
+    @property
+    def wanted(self) -> float | None:
+        """The active share that `policy` is steered to; None where nothing is."""
+        return self.settings.target_active if self.steps else None
 
     def shown(self, step: int) -> dict[str, Any]:
         """What the log says after a step (of this number)."""
@@ -121,6 +128,11 @@ class BudgetController(ThresholdController):
         """The policy of the target nearest to `target_active`."""
         return self._policy_of(self.nearest, num_experts)
 
+    @property
+    def wanted(self) -> float | None:
+        """The target nearest to `target_active`."""
+        return self.nearest if self.steps else None
+
     def _policy_of(self, target: float, num_experts: int) -> Policy:
         return DENSE if target == 1.0 else threshold_policy(self.thresholds[target], num_experts)
 
@@ -171,9 +183,32 @@ class PolicyCycle(ThresholdController):
         """The MLP policies of the first checkpoint."""
         return self.routings[0]["mlp"]
 
+    @property
+    def wanted(self) -> float | None:
+        """Nothing is steered."""
+        return None
+
     def update(self, active_share: float, step: int = 0) -> None:
         """Nothing to steer."""
         self.steps += 1
+
+
+def missed_target(controller: ThresholdController, active_L: Sequence[float], num_experts: int) -> str | None:
+    """What to tell of a phase whose threshold ended more than a tenth away from the wanted share; None: nothing.
+
+    Args:
+        controller: of the run, at its end.
+        active_L: mean experts of each layer under its policy, as validation found them.
+        num_experts: of the model.
+    """
+    share = sum(active_L) / len(active_L) / num_experts
+    wanted = controller.wanted
+    if wanted is None or abs(share - wanted) <= MISSED * wanted:
+        return None
+    return (
+        f"warning: {share:.0%} of the experts are active at the end of the mask phase, and {wanted:.0%} were wanted: its "
+        f"{controller.steps} steps didn't steer the threshold there; raise mask_phase.fraction or mask_phase.gain"
+    )
 
 
 def make_controller(settings: MaskPhaseSettings, config: DSMoEConfig) -> ThresholdController:
