@@ -63,7 +63,7 @@ class Plan:
         self.alive: list[Any] = []
         self.config, self.dtype = model.config, model.dtype
         config = self.config
-        slots = cache.layers[0].get_max_length()
+        slots = cache.layers[0].key_slots.shape[-2]
         cosines, sines = self._angles(model, slots)
         layers = (decoder.Layer * config.num_hidden_layers)()
         for index, layer in enumerate(model.model.layers):
