@@ -226,26 +226,46 @@ class DSMoEForCausalLM(DSMoEPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> DSMoECausalLMOutput:
         """Logits, and the language-modelling loss where labels are given.
 
+        transformers reads off this signature which arguments it may prepare and pass, so all are named; in Llama's order.
+
         Args:
-            input_ids: [B, S] int64.
+            input_ids: [B, S] int64; this and the next four: see `DSMoEModel.forward`.
+            attention_mask: [B, past + S].
+            position_ids: [B, S].
+            past_key_values: the cache to continue.
+            inputs_embeds: [B, S, D] instead of `input_ids`.
             labels: [B, S]: position s is predicted from the positions before it; -100 is ignored.
-            shift_labels: [B, S] instead of `labels`: position s holds the token that follows input s.
+            use_cache: make a cache where none was given; None: as the config says.
             logits_to_keep: compute only the last so many positions' logits (0: all), or those of an index.
+            shift_labels: [B, S] instead of `labels`: position s holds the token that follows input s.
             num_items_in_batch: divide the summed loss by this instead of the number of labels at hand.
-            **kwargs: those of `DSMoEModel.forward`.
+            **kwargs: passed on to `DSMoEModel.forward`.
 
         Returns:
             DSMoECausalLMOutput; router losses are never in `loss` (see `dsmoe.losses`).
         """
-        outputs = self.model(input_ids=input_ids, **kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
         hidden_states = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, keep, :])
