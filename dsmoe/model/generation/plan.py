@@ -32,8 +32,6 @@ def uncovered(model: Any) -> str | None:
             return f"{name} is not contiguous"
     if dtype not in decoder.DTYPES:
         return f"the weights are {dtype}, it computes float32 and bfloat16"
-    if model.config.rope_parameters.get("rope_type", "default") != "default":
-        return f"rope_type is {model.config.rope_parameters['rope_type']}"
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         projections = [attention.k_proj, attention.v_proj]
