@@ -19,6 +19,8 @@ from dsmoe.model.moa import MixtureOfHeads
 from dsmoe.model.norm import RMSNorm
 from dsmoe.model.router import Router
 
+_IDLE_HOOKS = "transformers.utils.output_capturing"
+
 
 def uncovered(model: Any) -> str | None:
     """Why the C++ step can't run a model, in a few words; None: it can."""
@@ -30,6 +32,8 @@ def uncovered(model: Any) -> str | None:
             return f"{name} is {tensor.dtype}, other weights are {dtype}"
         if not tensor.is_contiguous():
             return f"{name} is not contiguous"
+    if (hooked := _hooked(model)) is not None:
+        return f"{hooked} has forward hooks, which it would pass over"
     if dtype not in decoder.DTYPES:
         return f"the weights are {dtype}, it computes float32 and bfloat16"
     for layer in model.model.layers:
@@ -45,6 +49,20 @@ def uncovered(model: Any) -> str | None:
             # an adapter's layer, say
             if type(module) not in (nn.Linear, Int8Linear) or getattr(module, "bias", None) is not None:
                 return f"a projection is {type(module).__name__}"
+    return None
+
+
+def _hooked(model: nn.Module) -> str | None:
+    """The name of a module whose forward has hooks or was replaced (as accelerate does); None: there is none."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return "every module"
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        # transformers leaves its own in place once hidden states were asked for; they do nothing by themselves
+        if any(getattr(hook, "__module__", None) != _IDLE_HOOKS for hook in hooks) or "forward" in vars(
+            module
+        ):
+            return name or "the model"
     return None
 
 
