@@ -123,5 +123,17 @@ def test_smoe_runs_its_kept_experts_only(tiny_model):
 
 @torch.no_grad()
 def test_normalized_embeddings(tiny_model):
-    embedded = tiny_model(normalize_embeddings=True, rms_norm_eps=0.0).model.embed(torch.arange(97))
-    torch.testing.assert_close(embedded.square().mean(-1), torch.ones(97, dtype=torch.float64))
+    model = tiny_model(normalize_embeddings=True, rms_norm_eps=0.0)
+    embedded = model(torch.arange(97)[None], output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(embedded.square().mean(-1), torch.ones(1, 97, dtype=torch.float64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalized", [False, True])
+def test_embeddings_that_are_given_count_as_those_of_the_tokens(tiny_model, normalized):
+    model, ids = tiny_model(normalize_embeddings=normalized), torch.arange(12).view(2, 6)
+    rows = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=rows).logits, model(ids).logits)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    new = model.generate(inputs_embeds=rows, **options)
+    assert torch.equal(new, model.generate(ids, **options)[:, 6:])

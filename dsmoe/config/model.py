@@ -56,7 +56,8 @@ class DSMoEConfig(PreTrainedConfig):
             others were removed (`dsmoe.model.remove_experts`): no token keeps them. num_experts stays that of the
             router, whose softmax still runs over all of them.
         attention_kept_experts: the same for the attention experts.
-        normalize_embeddings: divide each token's embedding by its root mean square.
+        normalize_embeddings: divide each token's embedding (of `input_ids` or given as `inputs_embeds`) by its root mean
+            square.
         tie_word_embeddings: use the embedding table as output projection.
         max_position_embeddings: longest context.
         rope_theta: base of the rotary embedding (kept in `rope_parameters`).

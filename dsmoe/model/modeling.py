@@ -118,13 +118,6 @@ class DSMoEModel(DSMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [B, S, D] of token ids [B, S]."""
-        embeddings = self.embed_tokens(input_ids)
-        if self.config.normalize_embeddings:
-            embeddings = rms_normalize(embeddings, self.config.rms_norm_eps)
-        return embeddings
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -145,7 +138,8 @@ class DSMoEModel(DSMoEPreTrainedModel):
             position_ids: [B, S]; where they restart inside a row, documents are isolated from each other
                 (only without attention mask and cache).
             past_key_values: the cache to continue.
-            inputs_embeds: see `input_ids`.
+            inputs_embeds: see `input_ids`; as the table has them, for `normalize_embeddings` divides these by their root
+                mean square too.
             use_cache: make a cache where none was given.
             **kwargs: passed to the attention implementation.
 
@@ -155,7 +149,9 @@ class DSMoEModel(DSMoEPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.normalize_embeddings:
+            inputs_embeds = rms_normalize(inputs_embeds, self.config.rms_norm_eps)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         given = position_ids
