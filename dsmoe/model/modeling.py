@@ -92,7 +92,8 @@ class DSMoEPreTrainedModel(PreTrainedModel):
                 stds[-1] = self.config.router_initializer_range
             for part, (parameter, own) in enumerate(zip(module.parameters(), stds)):
                 initialise_linear(parameter, own, module.role, module.layer_idx, part)
-        elif isinstance(module, nn.Linear | nn.Embedding):
+        # one without a role is not of this model as it was made, such as a larger table of resize_token_embeddings
+        elif isinstance(module, nn.Linear | nn.Embedding) and hasattr(module, "initial_role"):
             role = str(module.initial_role)
             std = std_out if role == "output" else std
             initialise_linear(module.weight, std, role, int(module.initial_layer))  # type: ignore[arg-type]
