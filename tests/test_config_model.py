@@ -5,7 +5,7 @@ import json
 import pytest
 from transformers import AutoConfig
 
-from dsmoe import DSMoEConfig
+from dsmoe import DSMoEConfig, DSMoEForCausalLM
 from dsmoe.config.routing import check_policy, is_dense, policies_per_layer
 from dsmoe.errors import UserError
 
@@ -218,3 +218,36 @@ def test_round_trips(tiny_config, tmp_path):
         assert other.attention_kept_experts == [[0, 1], [1]]
         assert other.mlp_gate_scale == 2.0
         assert other.rope_parameters["rope_theta"] == other.rope_theta == 5e5
+
+
+LINEAR = {"rope_type": "linear", "factor": 4.0, "rope_theta": 1e4}
+
+
+@pytest.mark.parametrize(
+    ("fields", "said"),
+    [
+        ({"rope_parameters": LINEAR}, "rope_type 'linear'"),
+        ({"rope_scaling": {"type": "dynamic", "factor": 2.0}}, "rope_type 'dynamic'"),
+        ({"partial_rotary_factor": 0.5}, "partial_rotary_factor 0.5"),
+        ({"rope_parameters": {"full_attention": {"rope_theta": 1e4}}}, "full_attention {"),
+    ],
+)
+def test_rope_scaling_is_refused(tiny_config, fields, said):
+    """The model reads theta alone: it would pass over the rest in silence."""
+    with pytest.raises(UserError, match="rope_parameters has ") as caught:
+        tiny_config(**fields)
+    assert said in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_rope_without_scaling_is_taken(tiny_config):
+    for rope in (
+        {"rope_theta": 5e5},
+        {"rope_type": "default", "rope_theta": 5e5, "partial_rotary_factor": 1.0},
+    ):
+        assert tiny_config(rope_parameters=rope).rope_theta == 5e5
+
+
+def test_rope_scaling_is_refused_where_the_model_is_made(tiny_config, tmp_path):
+    DSMoEForCausalLM(tiny_config()).save_pretrained(tmp_path)
+    with pytest.raises(UserError, match="rope_type 'linear'"):
+        DSMoEForCausalLM.from_pretrained(tmp_path, rope_parameters=LINEAR)

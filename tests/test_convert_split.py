@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from safetensors.torch import load_file, save_file
 from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
@@ -161,6 +162,29 @@ def test_what_cannot_be_split_is_refused_in_a_line(tmp_path, capsys, changes, wo
     assert split(tmp_path / "stock", *words, "--output", tmp_path / "out") == 2
     error = capsys.readouterr().err.strip().splitlines()[-1]
     assert said in error
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda weights, name: weights.pop(name), "missing keys"),
+        (lambda weights, name: weights.update({name: weights[name][:-1]}), "mismatched keys"),
+        (
+            lambda weights, name: weights.update({name.replace("weight", "bias"): torch.ones(32)}),
+            "unexpected keys",
+        ),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, capsys, change, said):
+    stock_model(tmp_path / "stock")
+    file, name = tmp_path / "stock" / "model.safetensors", "model.layers.1.self_attn.q_proj.weight"
+    weights = load_file(file)
+    change(weights, name)
+    save_file(weights, file, metadata={"format": "pt"})
+    assert split(tmp_path / "stock", "--num-experts", 8, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said in error and name.removesuffix("weight") in error
     assert not (tmp_path / "out").exists()
 
 

@@ -13,6 +13,7 @@ from transformers.generation import (
 from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM, modeling
 from dsmoe.model.generation import Decoder, Sampling, backend, generate, loop
+from dsmoe.model.generation.plan import uncovered
 from dsmoe.model.kernels import reset_kernel, selection
 
 SPARSE = {"mlp_routing": {"policy": "threshold", "threshold": 0.9}, "tie_word_embeddings": False}
@@ -203,7 +204,7 @@ def test_streamers_see_every_token(model):
         {"cache_implementation": "static"},
         {"output_hidden_states": True, "return_dict_in_generate": True},
         {"past_key_values": "given"},
-        {"position_ids": torch.arange(6)[None]},
+        {"position_ids": 2 * torch.arange(6)[None]},
     ],
     ids=lambda options: next(iter(options)),
 )
@@ -218,6 +219,40 @@ def test_other_arguments_take_transformers_loop(model, options, monkeypatch):
     )
     sequences = out if isinstance(out, torch.Tensor) else out.sequences
     assert sequences.shape == (1, 10)
+
+
+@pytest.mark.parametrize("pre", [False, True])
+def test_forward_hooks_see_every_token(model, theirs, pre):
+    ids, calls = prompts(), []
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    plain = model.generate(ids, **options)
+    mlp = model.model.layers[1].mlp
+    register = mlp.register_forward_pre_hook if pre else mlp.register_forward_hook
+    hook = register(lambda *args: calls.append(args[1][0].shape[1]))
+    assert torch.equal(model.generate(ids, **options), plain)
+    assert calls == [6, 1, 1, 1, 1, 1]
+    assert torch.equal(generate(model, ids, 6), plain) and len(calls) == 12
+    hook.remove()
+    model.generate(ids, **options)
+    assert len(calls) == 12
+    # a hook that changes what it sees
+    mlp.register_forward_hook(lambda module, args, out: (0 * out[0], *out[1:]))
+    changed = model.generate(ids, **options)
+    assert torch.equal(changed, theirs(model, ids, **options)) and not torch.equal(changed, plain)
+
+
+def test_a_forward_that_was_replaced_is_called(model, theirs):
+    ids = prompts()
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 6, "do_sample": False}
+    projection = model.model.layers[0].self_attn.k_proj
+    projection.forward = lambda x: -torch.nn.functional.linear(x, projection.weight)
+    assert torch.equal(model.generate(ids, **options), theirs(model, ids, **options))
+
+
+def test_the_hooks_of_wanted_hidden_states_leave_the_lean_step(model):
+    model(prompts(), output_hidden_states=True)
+    assert any(layer._forward_hooks for layer in model.model.layers)
+    assert uncovered(model) is None
 
 
 def test_without_the_kernel_transformers_loop_is_taken(model, theirs, monkeypatch):

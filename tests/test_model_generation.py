@@ -1,7 +1,13 @@
 """Generation, padding, packed documents, gradient checkpointing and the flow of gradients, in float64."""
 
+import inspect
+
 import pytest
 import torch
+from transformers import OlmoeForCausalLM
+
+from dsmoe.export.targets import target_config, target_weights
+from dsmoe.model.kernels import reset_kernel
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
 MOA = {"num_attention_experts": 2, "qk_norm": "per_head"}
@@ -156,3 +162,56 @@ def test_bfloat16_weights_run(tiny_model):
     assert outputs.logits.dtype == torch.bfloat16
     assert {logits.dtype for logits in outputs.router_logits} == {torch.float32}
     assert [p["threshold"] for p in model.config.mlp_routing] == [0.4871] * 2
+
+
+@pytest.fixture(params=["lean step", "forward pass"])
+def beside_olmoe(request, tiny_model, monkeypatch):
+    """A sparse model, generating in either way, and OLMoE with the same function (in float32)."""
+    model = tiny_model(dtype=torch.float32, mlp_routing={"policy": "top_k", "k": 2}, pad_token_id=0)
+    olmoe = OlmoeForCausalLM(target_config(model.config, "olmoe", pad=False))
+    olmoe.load_state_dict(target_weights(model, "olmoe", torch.float32, pad=False))
+    if request.param == "forward pass":
+        monkeypatch.setenv("DSMOE_KERNEL", "eager")
+        reset_kernel()
+    yield model, olmoe.eval()
+    monkeypatch.undo()
+    reset_kernel()
+
+
+def generated(model, ids, **options):
+    return model.generate(
+        ids, max_new_tokens=6, do_sample=False, pad_token_id=0, return_dict_in_generate=True, **options
+    )
+
+
+def test_generation_infers_padding_as_stock_models_do(beside_olmoe):
+    ids = token_ids(3, 9)
+    ids[0, :4] = ids[2, :1] = 0
+    ours, theirs = (generated(model, ids).sequences for model in beside_olmoe)
+    assert torch.equal(ours, theirs)
+    explicit = generated(beside_olmoe[0], ids, attention_mask=(ids != 0).long()).sequences
+    assert torch.equal(ours, explicit)
+
+
+@pytest.mark.parametrize("with_mask", [False, True])
+@pytest.mark.parametrize("more", [1, 5, 30])
+def test_generation_goes_on_from_its_own_cache(beside_olmoe, with_mask, more):
+    results = []
+    for model in beside_olmoe:
+        first = generated(model, token_ids(2, 9))
+        ids = torch.cat([first.sequences, token_ids(2, more, seed=4)], dim=1)
+        mask = {"attention_mask": torch.ones_like(ids)} if with_mask else {}
+        anew = generated(model, ids, **mask).sequences
+        results.append(generated(model, ids, past_key_values=first.past_key_values, **mask).sequences)
+        assert torch.equal(results[-1], anew)
+    assert torch.equal(*results)
+
+
+def test_the_signature_names_what_transformers_looks_for(tiny_model):
+    """HF's Trainer drops columns of a data set, and `generate` prepares no argument, that it does not find there."""
+    named = inspect.signature(tiny_model().forward).parameters
+    stock = inspect.signature(OlmoeForCausalLM.forward).parameters
+    assert {*stock} - {"self", "output_router_logits"} <= {*named}
+    ids = token_ids()
+    mask = torch.ones_like(ids)
+    torch.testing.assert_close(tiny_model()(ids, mask).logits, tiny_model()(ids).logits, **CLOSE)

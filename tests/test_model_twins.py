@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dsmoe.checkpoint.pretrained import load_pretrained, save_pretrained
+
 DENSE = {"kind": "dense", "num_experts": 1}
 MOA = {"num_attention_experts": 2}
 TOP_2 = {"policy": "top_k", "k": 2}
@@ -123,5 +125,41 @@ def test_smoe_runs_its_kept_experts_only(tiny_model):
 
 @torch.no_grad()
 def test_normalized_embeddings(tiny_model):
-    embedded = tiny_model(normalize_embeddings=True, rms_norm_eps=0.0).model.embed(torch.arange(97))
-    torch.testing.assert_close(embedded.square().mean(-1), torch.ones(97, dtype=torch.float64))
+    model = tiny_model(normalize_embeddings=True, rms_norm_eps=0.0)
+    embedded = model(torch.arange(97)[None], output_hidden_states=True).hidden_states[0]
+    torch.testing.assert_close(embedded.square().mean(-1), torch.ones(1, 97, dtype=torch.float64))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("normalized", [False, True])
+def test_embeddings_that_are_given_count_as_those_of_the_tokens(tiny_model, normalized):
+    model, ids = tiny_model(normalize_embeddings=normalized), torch.arange(12).view(2, 6)
+    rows = model.get_input_embeddings()(ids)
+    assert torch.equal(model(inputs_embeds=rows).logits, model(ids).logits)
+    options = {"max_new_tokens": 5, "do_sample": False}
+    new = model.generate(inputs_embeds=rows, **options)
+    assert torch.equal(new, model.generate(ids, **options)[:, 6:])
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("mean_resizing", [False, True])
+@pytest.mark.parametrize("size", [90, 97, 112])
+def test_the_vocabulary_can_be_resized(tiny_model, tmp_path, size, mean_resizing, tied):
+    model = tiny_model(dtype=torch.float32, tie_word_embeddings=tied)
+    ids = torch.arange(20).view(2, 10)
+    expected = model(ids).logits
+    model.resize_token_embeddings(size, mean_resizing=mean_resizing)
+    logits = model(ids).logits
+    kept = min(size, 97)
+    assert logits.shape == (2, 10, size) and model.config.vocab_size == size
+    torch.testing.assert_close(logits[..., :kept], expected[..., :kept])
+    table = model.get_input_embeddings().weight
+    # as large as the others, which were drawn with 0.2; around their mean is transformers' own affair
+    assert size <= 97 or mean_resizing or 0.1 < table[97:].std() < 0.3
+    assert (model.lm_head.weight is table) == tied
+    new = model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=4, do_sample=False)
+    assert new.shape == (2, 14)
+    save_pretrained(model, tmp_path / "model", None)
+    loaded, _ = load_pretrained(tmp_path / "model", torch.float32)
+    assert torch.equal(loaded(ids).logits, logits)

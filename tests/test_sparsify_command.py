@@ -12,6 +12,8 @@ from dsmoe import DSMoEConfig, DSMoEForCausalLM
 from dsmoe.accounting import count_parameters
 from dsmoe.checkpoint import save_pretrained
 from dsmoe.cli import main
+from dsmoe.data.agreement import check_tokenizer
+from dsmoe.data.corpus import TokenCorpus
 from dsmoe.model import use_routing
 from dsmoe.sparsify import measure
 from dsmoe.sparsify.frontier import frontier
@@ -34,14 +36,17 @@ def make_model(**changes):
     return DSMoEForCausalLM(DSMoEConfig(**config, eos_token_id=0)).eval()
 
 
+def words_tokenizer(words):
+    tokenizer = Tokenizer(models.WordLevel(words | {"<eos>": 0}, unk_token="<eos>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
+
+
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory):
     """A tokenizer of words "t0" to "t63", a text file, and two checkpoints (MLP experts; both kinds)."""
     root = tmp_path_factory.mktemp("sparsify")
-    words = {f"t{i}": i for i in range(1, VOCAB)} | {"<eos>": 0}
-    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<eos>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>").save_pretrained(root / "tokenizer")
+    words_tokenizer({f"t{i}": i for i in range(1, VOCAB)}).save_pretrained(root / "tokenizer")
     generator = torch.Generator().manual_seed(1)
     lines = []
     for _ in range(30):
@@ -306,3 +311,50 @@ def test_windows_are_no_longer_than_the_model_takes(folders, tmp_path):
     words = ["--policy", "top_k", "--k", "2", "--output", str(tmp_path / "sparse")]
     assert main(["sparsify", str(tmp_path / "short"), *words]) == 0
     assert json.loads((tmp_path / "sparse" / "sparsity.json").read_text())["context_length"] == 40
+
+
+def prepared(folders, output, tokenizer):
+    words = ["--source", f"text={folders / 'text.jsonl'}", "--tokenizer", str(tokenizer)]
+    words += ["--validation-fraction", "0.5", "--output", str(output)]
+    assert main(["data", "prepare", *words]) == 0
+    return ["--data", str(output), "--sequence-length", "16"]
+
+
+@pytest.mark.parametrize("goal", [["--policy", "threshold"], []], ids=["by hand", "calibrated"])
+def test_tokens_of_another_tokenizer_are_refused(folders, tmp_path, capsys, goal):
+    """As many entries, and all known: only what they stand for differs."""
+    words_tokenizer({f"t{i}": VOCAB - i for i in range(1, VOCAB)}).save_pretrained(tmp_path / "other")
+    data = prepared(folders, tmp_path / "data", tmp_path / "other")
+    goal = [*goal, "--target-active", "0.5"]
+    capsys.readouterr()
+    status, output = sparsify(folders, tmp_path, *goal, *data)
+    assert status == 2 and not output.exists()
+    error = capsys.readouterr().err.strip()
+    assert "another tokenizer" in error and "token 1 is 't63' there, 't1' here" in error
+    assert f"`dsmoe data prepare --tokenizer {folders / 'mlp'}`" in error and "\n" not in error
+    # what the line says to do
+    assert sparsify(folders, tmp_path, *goal, *prepared(folders, tmp_path / "again", folders / "mlp"))[0] == 0
+
+
+def test_a_model_without_a_tokenizer_takes_any_tokens_with_a_note(folders, tmp_path, capsys):
+    save_pretrained(make_model(), tmp_path / "bare", None)
+    data = prepared(folders, tmp_path / "data", folders / "tokenizer")
+    capsys.readouterr()
+    words = ["--policy", "threshold", "--target-active", "0.5", *data, "--json"]
+    assert main(["sparsify", str(tmp_path / "bare"), "--output", str(tmp_path / "sparse"), *words]) == 0
+    said = capsys.readouterr()
+    assert f"note: no tokenizer can be read in {tmp_path / 'bare'}" in said.err
+    json.loads(said.out)
+    assert sparsify(folders, tmp_path / "with", *words)[0] == 0
+    assert "note" not in capsys.readouterr().err
+
+
+def test_tokens_added_to_a_tokenizer_are_its_own(folders, tmp_path):
+    """The copy in the prepared text has them too, although its files differ."""
+    tokenizer = words_tokenizer({f"t{i}": i for i in range(1, VOCAB - 2)})
+    tokenizer.add_tokens(["<|chat|>"])
+    tokenizer.add_special_tokens({"pad_token": "<|pad|>"})
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    save_pretrained(make_model(), tmp_path / "model", tmp_path / "tokenizer")
+    corpus = TokenCorpus(prepared(folders, tmp_path / "data", tmp_path / "model")[1])
+    assert check_tokenizer(corpus, tmp_path / "model") is None

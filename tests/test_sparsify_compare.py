@@ -96,8 +96,10 @@ def test_layers_are_restored_after_an_error(moa):
     assert moa.model.layers is layers
 
 
-def test_a_suffix_continues_from_a_layers_input(moa):
-    batch = make_batches(1)[0]
+@pytest.mark.parametrize("normalized", [False, True])
+def test_a_suffix_continues_from_a_layers_input(tiny_model, normalized):
+    """Which is no embedding: it must not be normalised as one."""
+    moa, batch = tiny_model(num_hidden_layers=3, normalize_embeddings=normalized, **MOA), make_batches(1)[0]
     with torch.inference_mode():
         whole = run_layers(moa, batch, keep_inputs=True)
         rest = run_layers(moa, batch, 2, whole.inputs[2])

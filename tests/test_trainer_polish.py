@@ -71,6 +71,25 @@ def test_a_sparsified_model_trains_with_all_its_experts(train, dense_run, capsys
     assert again.log() == whole.log()
 
 
+def test_text_of_another_tokenizer_is_refused(train, dense_run, corpus_dir, tmp_path, capsys):
+    """As many entries, trained on other text."""
+    file = tmp_path / "other.jsonl"
+    texts = (f"{'xyzuvw'[i % 6] * 3} {'klmno'[i % 5] * 2} qq{i}" for i in range(400))
+    file.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    words = ["--source", f"other={file}", "--validation-fraction", "0.1", "--output", str(tmp_path / "data")]
+    assert cli.main(["data", "prepare", "--train-tokenizer", "300", *words]) == 0
+    capsys.readouterr()
+    refused = train("refused", train__init_from=dense_run.folder, data__path=tmp_path / "data", **MI)
+    error = capsys.readouterr().err.strip()
+    assert refused.status == 2 and not refused.folder.exists()
+    assert "another tokenizer" in error and f"--tokenizer {dense_run.folder / 'final'}`" in error
+    # a model that names none is taken at its word
+    for name in ("tokenizer.json", "tokenizer_config.json"):
+        (dense_run.folder / "final" / name).unlink()
+    assert train("taken", train__init_from=dense_run.folder, data__path=tmp_path / "data", **MI).status == 0
+    assert "note: no tokenizer can be read in" in capsys.readouterr().out
+
+
 def test_the_text_goes_on_where_another_run_ended(train):
     """With a learning rate of zero, losses are those of the text alone."""
     settings = {"optim__learning_rate": 0.0, "train__log_every_steps": 1}

@@ -56,10 +56,12 @@ class DSMoEConfig(PreTrainedConfig):
             others were removed (`dsmoe.model.remove_experts`): no token keeps them. num_experts stays that of the
             router, whose softmax still runs over all of them.
         attention_kept_experts: the same for the attention experts.
-        normalize_embeddings: divide each token's embedding by its root mean square.
+        normalize_embeddings: divide each token's embedding (of `input_ids` or given as `inputs_embeds`) by its root mean
+            square.
         tie_word_embeddings: use the embedding table as output projection.
         max_position_embeddings: longest context.
         rope_theta: base of the rotary embedding (kept in `rope_parameters`).
+        rope_parameters: transformers' form of it; rope_type "default" alone, without scaling.
         rms_norm_eps: epsilon of every RMSNorm.
         initializer_range: standard deviation of initial weights; projections back into the residual stream
             (o_proj, down_proj) get it divided by sqrt(2 * num_hidden_layers).
@@ -150,6 +152,23 @@ class DSMoEConfig(PreTrainedConfig):
         self._check_kind()
         self._derive_gate_scales()
         super().__post_init__(**kwargs)
+        # only now does it hold what older files call rope_scaling
+        self.check_rope()
+
+    def check_rope(self) -> None:
+        """Refuse `rope_parameters` that ask for more than a base, since the model reads nothing else.
+
+        Raises:
+            UserError: a scaling, a rotation of a part of each head, or parameters of each type of layer.
+        """
+        rope = self.rope_parameters or {}
+        wanted = {"rope_type": "default", "partial_rotary_factor": 1.0}
+        for name, value in rope.items():
+            if isinstance(value, dict) or value != wanted.get(name, value):
+                raise UserError(
+                    f"model.rope_parameters has {name} {value!r}; this architecture rotates by rope_theta alone: leave "
+                    f"it out, or give {{'rope_type': 'default', 'rope_theta': {self.rope_theta}}}"
+                )
 
     def _derive_sizes(self) -> None:
         if self.moe_intermediate_size is None:

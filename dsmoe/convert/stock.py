@@ -9,7 +9,7 @@ from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
 from transformers.utils import logging as transformers_logging
 
-from dsmoe.checkpoint.pretrained import load_pretrained
+from dsmoe.checkpoint.pretrained import check_weights, load_pretrained
 from dsmoe.config import DSMoEConfig
 from dsmoe.errors import UserError
 from dsmoe.export.check import EXACT, check_tokens, compare, outputs_of
@@ -123,14 +123,20 @@ def _load_stock(folder: Path) -> Any:
     bars = transformers_logging.is_progress_bar_enabled()
     transformers_logging.disable_progress_bar()
     try:
-        return AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True
-        ).eval()
+        # of tensors of another shape the refusal below tells more than transformers' own
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
+            output_loading_info=True, ignore_mismatched_sizes=True,
+        )  # fmt: skip
     except (OSError, SafetensorError, RuntimeError) as error:
         raise UserError(f"{folder}: the model can't be read ({str(error).splitlines()[0]})") from None
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
+    model, loading = loaded
+    # weights that it has no place for too: biases, say, that config.json doesn't speak of
+    check_weights(folder, loading)
+    return model.eval()
 
 
 def _dtype(content: dict[str, Any]) -> torch.dtype:

@@ -231,13 +231,14 @@ def _validation(name: str, loaded: Any, args: argparse.Namespace) -> Row:
     from tqdm import tqdm
     from transformers import AutoTokenizer
 
+    from dsmoe.data.agreement import same_tokenizer
     from dsmoe.data.corpus import TokenCorpus
     from dsmoe.data.windows import evaluation_batches, shown_bytes_per_token
     from dsmoe.evaluation.perplexity import validation_loss
 
     corpus = TokenCorpus(args.data)
     tokenizer = AutoTokenizer.from_pretrained(str(corpus.tokenizer_dir))
-    if tokenizer.get_vocab() != loaded.tokenizer.get_vocab():
+    if not same_tokenizer(tokenizer, loaded.tokenizer):
         print(
             f"{name}: no validation loss, since {args.data} was made with another tokenizer", file=sys.stderr
         )

@@ -92,7 +92,8 @@ class DSMoEPreTrainedModel(PreTrainedModel):
                 stds[-1] = self.config.router_initializer_range
             for part, (parameter, own) in enumerate(zip(module.parameters(), stds)):
                 initialise_linear(parameter, own, module.role, module.layer_idx, part)
-        elif isinstance(module, nn.Linear | nn.Embedding):
+        # one without a role is not of this model as it was made, such as a larger table of resize_token_embeddings
+        elif isinstance(module, nn.Linear | nn.Embedding) and hasattr(module, "initial_role"):
             role = str(module.initial_role)
             std = std_out if role == "output" else std
             initialise_linear(module.weight, std, role, int(module.initial_layer))  # type: ignore[arg-type]
@@ -118,13 +119,6 @@ class DSMoEModel(DSMoEPreTrainedModel):
         self.gradient_checkpointing = False
         self.post_init()
 
-    def embed(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [B, S, D] of token ids [B, S]."""
-        embeddings = self.embed_tokens(input_ids)
-        if self.config.normalize_embeddings:
-            embeddings = rms_normalize(embeddings, self.config.rms_norm_eps)
-        return embeddings
-
     @merge_with_config_defaults
     @capture_outputs
     def forward(
@@ -145,7 +139,8 @@ class DSMoEModel(DSMoEPreTrainedModel):
             position_ids: [B, S]; where they restart inside a row, documents are isolated from each other
                 (only without attention mask and cache).
             past_key_values: the cache to continue.
-            inputs_embeds: see `input_ids`.
+            inputs_embeds: see `input_ids`; as the table has them, for `normalize_embeddings` divides these by their root
+                mean square too.
             use_cache: make a cache where none was given.
             **kwargs: passed to the attention implementation.
 
@@ -155,7 +150,9 @@ class DSMoEModel(DSMoEPreTrainedModel):
         if (input_ids is None) == (inputs_embeds is None):
             raise ValueError("give exactly one of input_ids and inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = self.embed(input_ids)
+            inputs_embeds = self.embed_tokens(input_ids)
+        if self.config.normalize_embeddings:
+            inputs_embeds = rms_normalize(inputs_embeds, self.config.rms_norm_eps)
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
         given = position_ids
@@ -226,26 +223,46 @@ class DSMoEForCausalLM(DSMoEPreTrainedModel, GenerationMixin):
     def forward(
         self,
         input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
-        shift_labels: Tensor | None = None,
+        use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
+        shift_labels: Tensor | None = None,
         num_items_in_batch: int | Tensor | None = None,
         **kwargs: Any,
     ) -> DSMoECausalLMOutput:
         """Logits, and the language-modelling loss where labels are given.
 
+        transformers reads off this signature which arguments it may prepare and pass, so all are named; in Llama's order.
+
         Args:
-            input_ids: [B, S] int64.
+            input_ids: [B, S] int64; this and the next four: see `DSMoEModel.forward`.
+            attention_mask: [B, past + S].
+            position_ids: [B, S].
+            past_key_values: the cache to continue.
+            inputs_embeds: [B, S, D] instead of `input_ids`.
             labels: [B, S]: position s is predicted from the positions before it; -100 is ignored.
-            shift_labels: [B, S] instead of `labels`: position s holds the token that follows input s.
+            use_cache: make a cache where none was given; None: as the config says.
             logits_to_keep: compute only the last so many positions' logits (0: all), or those of an index.
+            shift_labels: [B, S] instead of `labels`: position s holds the token that follows input s.
             num_items_in_batch: divide the summed loss by this instead of the number of labels at hand.
-            **kwargs: those of `DSMoEModel.forward`.
+            **kwargs: passed on to `DSMoEModel.forward`.
 
         Returns:
             DSMoECausalLMOutput; router losses are never in `loss` (see `dsmoe.losses`).
         """
-        outputs = self.model(input_ids=input_ids, **kwargs)
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            use_cache=use_cache,
+            **kwargs,
+        )
         hidden_states = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(hidden_states[:, keep, :])

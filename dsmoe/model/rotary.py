@@ -7,10 +7,15 @@ from dsmoe.config import DSMoEConfig
 
 
 class RotaryEmbedding(nn.Module):
-    """Cosines and sines of the rotation angles. Source: arXiv 2104.09864."""
+    """Cosines and sines of the rotation angles. Source: arXiv 2104.09864.
+
+    Raises:
+        UserError: as `DSMoEConfig.check_rope`.
+    """
 
     def __init__(self, config: DSMoEConfig) -> None:
         super().__init__()
+        config.check_rope()  # `from_pretrained(folder, rope_parameters=...)` sets it in a config that was checked before
         self.head_dim = config.head_dim
         self.theta = config.rope_parameters["rope_theta"]
 

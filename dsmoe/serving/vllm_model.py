@@ -77,8 +77,8 @@ class DSMoEForCausalLM(TransformersForCausalLM):
             )
 
     def embed_input_ids(self, input_ids: Tensor) -> Tensor:
-        """Embeddings [T, D] of token ids [T]."""
-        return self.model.embed(input_ids)
+        """Embeddings [T, D] of token ids [T], as the table has them: the forward pass normalises them."""
+        return self.model.embed_tokens(input_ids)
 
     def load_weights(self, weights: Iterable[tuple[str, Tensor]]) -> set[str]:
         """Load a checkpoint's tensors; returns the names of what they went into."""

@@ -3,6 +3,7 @@
 import argparse
 import json
 import math
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from transformers import AutoTokenizer
 
 from dsmoe.allocator import keep_freed_memory
 from dsmoe.checkpoint.pretrained import load_pretrained
+from dsmoe.data.agreement import check_tokenizer
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.data.windows import evaluation_batches, text_batches
 from dsmoe.environment import default_device
@@ -203,7 +205,7 @@ def _sample(args: argparse.Namespace, model: DSMoEForCausalLM, folder: Path) -> 
     """A seeded sample of the text, to calibrate on."""
     sizes = (args.max_tokens, args.sequence_length, args.batch_size, args.seed)
     if args.data is not None:
-        return sample_corpus(_corpus(args, model), args.split, *sizes)
+        return sample_corpus(_corpus(args, model, folder), args.split, *sizes)
     if args.text is not None:
         return sample_documents(args.text, _tokenizer(folder), *sizes)
     raise UserError("calibration needs text: pass --calibration FILE or --data TOKEN_FOLDER")
@@ -221,12 +223,14 @@ def _tokenizer(folder: Path) -> Any:
         ) from None
 
 
-def _corpus(args: argparse.Namespace, model: DSMoEForCausalLM) -> TokenCorpus:
+def _corpus(args: argparse.Namespace, model: DSMoEForCausalLM, folder: Path) -> TokenCorpus:
     corpus = TokenCorpus(args.data)
     if corpus.vocab_size > model.config.vocab_size:
         raise UserError(
             f"{args.data}: {corpus.vocab_size} vocabulary entries, the model has {model.config.vocab_size}"
         )
+    if (note := check_tokenizer(corpus, folder)) is not None:
+        print(note, file=sys.stderr)
     return corpus
 
 
@@ -237,7 +241,7 @@ def _batches(
     if args.data is not None:
         return list(
             evaluation_batches(
-                _corpus(args, model), split=args.split, sequence_length=args.sequence_length,
+                _corpus(args, model, folder), split=args.split, sequence_length=args.sequence_length,
                 batch_size=args.batch_size, max_tokens=args.max_tokens,
             )
         )  # fmt: skip

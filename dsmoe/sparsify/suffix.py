@@ -83,12 +83,15 @@ def run_layers(
         keep_inputs: collect every layer's input.
     """
     inputs = {name: value.to(model.device) for name, value in model_inputs(batch).items()}
-    if hidden is not None:
-        inputs.pop("input_ids")
-        inputs["inputs_embeds"] = hidden
     seen: list[Tensor] = []
     hooks = []
     with layers_from(model, start):
+        if hidden is not None:
+            # for its shape; the layer itself is handed what the forward pass must not normalise as embeddings
+            inputs["inputs_embeds"] = hidden
+            inputs.pop("input_ids")
+            first: Any = model.model.layers[0]
+            hooks.append(first.register_forward_pre_hook(lambda module, args: (hidden, *args[1:])))
         if keep_inputs:
             for layer in model.model.layers:
                 hooks.append(layer.register_forward_pre_hook(lambda module, args: seen.append(args[0])))

@@ -7,6 +7,7 @@ import torch
 from dsmoe.checkpoint.pretrained import load_pretrained, model_folder
 from dsmoe.config import DSMoEConfig
 from dsmoe.config.run import ModelSettings, RunConfig
+from dsmoe.data.agreement import check_tokenizer
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM, set_recompute
@@ -22,24 +23,25 @@ def adopt_model(config: RunConfig) -> str | None:
         What the user should be told about that; None: nothing.
 
     Raises:
-        UserError: no dsmoe model there.
+        UserError: no dsmoe model there, no text in `data.path`, or text of another tokenizer than the model's.
     """
     if not config.train.init_from:
         return None
-    found = DSMoEConfig.from_pretrained(model_folder(Path(config.train.init_from)))
+    folder = model_folder(Path(config.train.init_from))
+    notes = [check_tokenizer(TokenCorpus(config.data.path), folder)]
+    found = DSMoEConfig.from_pretrained(folder)
     config.model = ModelSettings(
         **{name: getattr(found, name) for name in ModelSettings.__dataclass_fields__}
     )
-    note = None
     sparse = [part for part in PARTS if not found.keeps_all(part)]
     if found.kind == "dsmoe" and sparse:
         config.model.mlp_routing = config.model.attention_routing = None
-        note = (
+        notes.append(
             f"note: {config.train.init_from} was sparsified ({' and '.join(sparse)}); training begins with all its "
             "experts (mask_phase.policies trains with its policies)"
         )
     config.check()
-    return note
+    return "\n".join(filter(None, notes)) or None
 
 
 def first_model(config: RunConfig, corpus: TokenCorpus) -> DSMoEForCausalLM:

@@ -1,4 +1,4 @@
-"""Keys and values in memory that is taken once, before the first token.
+"""Keys and values in memory that is taken before the first token; a cache that is continued beyond it grows.
 
 Shapes: B batch, K key/value heads, L slots, hd head_dim.
 """
@@ -37,11 +37,13 @@ class PreallocatedLayer(DynamicLayer):
         self.keys, self.values = self.key_slots[:, :, :length], self.value_slots[:, :, :length]
 
     def update(self, key_states: Tensor, value_states: Tensor, *_, **__) -> tuple[Tensor, Tensor]:
-        """Append keys and values [B, K, S, hd]; returns all that are there."""
+        """Append keys and values [B, K, S, hd], making more slots where they are too few; returns all that are there."""
         start = self.keys.shape[-2]
         end = start + key_states.shape[-2]
-        if end > self.get_max_length():
-            raise UserError(f"the cache has {self.get_max_length()} slots; {end} tokens don't fit")
+        if end > self.key_slots.shape[-2]:
+            # half as many again, so that token after token copies each only a few times
+            length = end * 3 // 2
+            self.key_slots, self.value_slots = _longer(self.keys, length), _longer(self.values, length)
         self.key_slots[:, :, start:end] = key_states
         self.value_slots[:, :, start:end] = value_states
         self.fill(end)
@@ -50,10 +52,6 @@ class PreallocatedLayer(DynamicLayer):
     def get_seq_length(self) -> int:
         """Filled slots."""
         return self.keys.shape[-2]
-
-    def get_max_length(self) -> int:
-        """L."""
-        return self.key_slots.shape[-2]
 
     def reset(self) -> None:
         """Empty it."""
@@ -74,8 +72,16 @@ class PreallocatedLayer(DynamicLayer):
         self.batch_repeat_interleave(1)
 
 
+def _longer(filled: Tensor, length: int) -> Tensor:
+    """Slots [B, K, length, hd] that begin with the filled ones."""
+    batch, heads, count, size = filled.shape
+    slots = filled.new_empty(batch, heads, length, size)
+    slots[:, :, :count] = filled
+    return slots
+
+
 class PreallocatedCache(Cache):
-    """The cache of a model, for `past_key_values`.
+    """The cache of a model, for `past_key_values`. A `Decoder` never grows it.
 
     Args:
         config: of the model.

@@ -25,7 +25,8 @@ class Decoder:
     """Generation one token at a time. `generate` is the loop around it.
 
     Routing policies are those of the config at the last `prefill`. Nothing is copied: a model whose weights are changed
-    in place is seen at once, one whose tensors are replaced at the next `prefill`. Forward hooks see the prefill only.
+    in place is seen at once, one whose tensors are replaced at the next `prefill`. With forward hooks on it the steps
+    are its own forward pass; hooks that are added to a Decoder's model later see the prefill only.
 
     Args:
         model: a DSMoEForCausalLM, in evaluation mode; float32 or bfloat16 (weights also int8, see `quantize_int8`) for

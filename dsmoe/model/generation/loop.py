@@ -18,7 +18,7 @@ from dsmoe.model.generation.plan import uncovered
 from dsmoe.model.generation.sampling import Sampling
 
 # what `generate` of transformers may hand over besides its own arguments
-_KNOWN = {"attention_mask", "past_key_values", "use_cache", "logits_to_keep"}
+_KNOWN = {"attention_mask", "position_ids", "past_key_values", "use_cache", "logits_to_keep"}
 
 
 @torch.no_grad()
@@ -114,8 +114,9 @@ def sample_of_transformers(
 
     Returns:
         What `GenerationMixin._sample` returns; None where it does not cover the arguments or the model: beams and
-        assistants (which have loops of their own), a cache that was given or is not the default one, positions or
-        embeddings that were given, wanted attentions or hidden states, chunks of the prompt, or no C++ step.
+        assistants (which have loops of their own), a cache that was given or is not the default one, positions that
+        don't count a sequence's tokens from 0, embeddings that were given, wanted attentions or hidden states, chunks
+        of the prompt, or no C++ step.
     """
     mask = model_kwargs.get("attention_mask")
     if synced_gpus or not _is_covered(model, input_ids, stopping_criteria, generation_config, model_kwargs):
@@ -186,11 +187,27 @@ def _is_covered(
         return False
     if stopping_criteria.max_length is None or not input_ids.is_cpu or input_ids.shape[1] < 1:
         return False
+    mask = model_kwargs.get("attention_mask")
     try:
-        left_padding(model_kwargs.get("attention_mask"), input_ids)
+        left_padding(mask, input_ids)
     except UserError:
+        return False
+    if not _positions_are_usual(model_kwargs.get("position_ids"), mask, input_ids):
         return False
     reason = uncovered(model)
     if reason is not None:
         tell_once(reason)
     return reason is None and is_available()
+
+
+def _positions_are_usual(position_ids: Tensor | None, mask: Tensor | None, input_ids: Tensor) -> bool:
+    """Whether they number each sequence's tokens from 0, as transformers has them where none were given.
+
+    The steps count slots instead, padding included: RoPE sees differences alone.
+    """
+    if position_ids is None:
+        return True
+    real = torch.ones_like(input_ids) if mask is None else mask.long()
+    if position_ids.shape[-1] != input_ids.shape[1]:
+        return False
+    return bool(((position_ids == real.cumsum(-1) - 1) | (real == 0)).all())

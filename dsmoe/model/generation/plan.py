@@ -19,6 +19,8 @@ from dsmoe.model.moa import MixtureOfHeads
 from dsmoe.model.norm import RMSNorm
 from dsmoe.model.router import Router
 
+_IDLE_HOOKS = "transformers.utils.output_capturing"
+
 
 def uncovered(model: Any) -> str | None:
     """Why the C++ step can't run a model, in a few words; None: it can."""
@@ -30,10 +32,10 @@ def uncovered(model: Any) -> str | None:
             return f"{name} is {tensor.dtype}, other weights are {dtype}"
         if not tensor.is_contiguous():
             return f"{name} is not contiguous"
+    if (hooked := _hooked(model)) is not None:
+        return f"{hooked} has forward hooks, which it would pass over"
     if dtype not in decoder.DTYPES:
         return f"the weights are {dtype}, it computes float32 and bfloat16"
-    if model.config.rope_parameters.get("rope_type", "default") != "default":
-        return f"rope_type is {model.config.rope_parameters['rope_type']}"
     for layer in model.model.layers:
         attention, mlp = layer.self_attn, layer.mlp
         projections = [attention.k_proj, attention.v_proj]
@@ -50,6 +52,20 @@ def uncovered(model: Any) -> str | None:
     return None
 
 
+def _hooked(model: nn.Module) -> str | None:
+    """The name of a module whose forward has hooks or was replaced (as accelerate does); None: there is none."""
+    if torch.nn.modules.module._has_any_global_hook():
+        return "every module"
+    for name, module in model.named_modules():
+        hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
+        # transformers leaves its own in place once hidden states were asked for; they do nothing by themselves
+        if any(getattr(hook, "__module__", None) != _IDLE_HOOKS for hook in hooks) or "forward" in vars(
+            module
+        ):
+            return name or "the model"
+    return None
+
+
 class Plan:
     """The structs of `dsmoe.model.kernels.decoder`, filled in for a model and a cache.
 
@@ -63,7 +79,7 @@ class Plan:
         self.alive: list[Any] = []
         self.config, self.dtype = model.config, model.dtype
         config = self.config
-        slots = cache.layers[0].get_max_length()
+        slots = cache.layers[0].key_slots.shape[-2]
         cosines, sines = self._angles(model, slots)
         layers = (decoder.Layer * config.num_hidden_layers)()
         for index, layer in enumerate(model.model.layers):
