@@ -184,6 +184,45 @@ def test_run_folders_of_the_trainer(tmp_path):
     assert [run.active_share for run in runs] == [0.5, None, None, 0.5]
 
 
+def test_runs_that_started_from_another_model_are_left_out_and_told_of(tmp_path, capsys):
+    dense = {"kind": "dense", "num_experts": 1}
+    model = vars(
+        write_run(
+            tmp_path / "scratch", dense, config={"model": {**MODEL, **dense}, "train": {"init_from": ""}}
+        )
+    )
+    for name in ("polished", "upcycled"):
+        write_run(tmp_path / name, dense, config={"model": model, "train": {"init_from": "scratch"}})
+    runs, notes = read_folder(tmp_path)
+    assert [run.name for run in runs] == ["scratch"]
+    assert notes == [
+        f"{tmp_path}: left out, as they started from another model (train.init_from): 2 runs, the first "
+        f"{tmp_path / 'polished'}"
+    ]
+    rows = [
+        {
+            "name": name,
+            "kind": "dense",
+            "seed": 0,
+            "tokens": 1000,
+            "validation_loss": 4.0,
+            "model": model,
+            **more,
+        }
+        for name, more in (
+            ("a", {"settings": {"train.init_from": "scratch"}}),
+            ("b", {"settings": {}}),
+            ("c", {}),
+        )
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"runs": rows}))
+    runs, notes = read_study(tmp_path / "results.json")
+    assert [run.name for run in runs] == ["b", "c"] and "1 run, the first a" in notes[0]
+    assert fit(tmp_path / "polished", tmp_path / "upcycled") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "1 run, the first" in error and "no such run is left" in error
+
+
 def test_the_results_of_a_study_give_the_runs_of_its_folders(tmp_path):
     write_run(tmp_path / "runs" / "dsmoe", {}, validation_loss_sparse=4.1, active_experts_sparse=[1.5, 2.5])
     write_run(tmp_path / "runs" / "dense", {"kind": "dense", "num_experts": 1})

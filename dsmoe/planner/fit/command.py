@@ -100,7 +100,8 @@ def read_sources(
         skip_empty: as in `read_table`.
 
     Raises:
-        UserError: a source that is missing or can't be read, or losses of different texts.
+        UserError: a source that is missing or can't be read, no run that started from scratch, or losses of
+            different texts.
     """
     fields = dict(_pair(text, "--map", "FIELD=COLUMN") for text in mapping)
     rows = {
@@ -122,6 +123,10 @@ def read_sources(
             )
         runs.extend(found)
         notes.extend(note for note in said if note not in notes)
+    if not runs:
+        raise UserError(
+            "; ".join(notes) + "; the law is one of training from scratch, and no such run is left"
+        )
     check_one_text(runs)
     return runs, notes
 
