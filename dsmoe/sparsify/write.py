@@ -96,7 +96,7 @@ def write_sparse(
     """
     with new_folder(output, overwrite=overwrite) as beside:
         # the model has no buffers that a cast would spoil
-        write_pretrained(model.to(DTYPES[dtype]), beside, tokenizer_dir)
+        write_pretrained(model.to(DTYPES[dtype]), beside, tokenizer_dir)  # type: ignore[arg-type]
         write_json(beside / REPORT, report)
 
 
