@@ -16,7 +16,7 @@ from dsmoe.checkpoint.pretrained import load_pretrained, stored_dtype
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.data.windows import evaluation_batches, text_batches
 from dsmoe.environment import default_device
-from dsmoe.errors import UserError
+from dsmoe.errors import UserError, reason_of
 from dsmoe.files import check_new_folder
 from dsmoe.model import DSMoEForCausalLM, set_routing
 from dsmoe.sparsify.arguments import EPILOG, SEQUENCE_LENGTH, add_arguments
@@ -228,9 +228,8 @@ def _tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # transformers and tokenizers raise many kinds for files that are missing or damaged
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{folder}: the checkpoint's tokenizer can't be read ({reason}); --data TOKEN_FOLDER needs none"
+            f"{folder}: the checkpoint's tokenizer can't be read ({reason_of(error)}); --data TOKEN_FOLDER needs none"
         ) from None
 
 
