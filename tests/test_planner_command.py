@@ -4,18 +4,26 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from dsmoe import DSMoEForCausalLM
 from dsmoe.accounting import total_parameters
 from dsmoe.errors import run_reporting_errors
 from dsmoe.planner.command import add_parser
+from dsmoe.planner.lawfile import read_law
+from dsmoe.planner.limits import Limits
 from dsmoe.planner.page import main as page
+from dsmoe.planner.plan import candidate_families, make_plan
+from dsmoe.planner.train_config import write_config
 from dsmoe.trainer.command import parse
+from dsmoe.trainer.mask_phase import make_controller
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -91,9 +99,8 @@ def test_one_number_of_experts(plan):
     assert {(row["kind"], row["num_experts"]) for row in json.loads(out)["rows"]} == {
         ("dense", 1), ("smoe", 8), ("dsmoe", 8)}  # fmt: skip
     _, out, _ = plan("--flops", "1e20", "--num-experts", "1", "--json", "-")
-    dense, dsmoe = json.loads(out)["rows"]
-    changed = {name for name in dense if dense[name] != dsmoe[name]}
-    assert changed == {"kind", "assumed"}
+    # a mixture of one expert is the dense model, and no configuration of one can be trained
+    assert [row["kind"] for row in json.loads(out)["rows"]] == ["dense"]
 
 
 @pytest.mark.parametrize(
@@ -122,6 +129,7 @@ def test_one_number_of_experts(plan):
         ("--flops 1e22 --num-experts 1e300", "smoe with 1e+300 experts"),
         ("--flops 1e22 --kinds dense,moe", "--kinds 'moe'"),
         ("--flops 1e22 --kinds smoe --num-experts 1", "no candidate"),
+        ("--flops 1e22 --kinds dsmoe --num-experts 1", "need at least 2"),
         ("--flops 1e22 --row 9", "--row 9"),
         ("--flops 1e22 --law missing.json", "no such file"),
         ("--flops 1e6", "flops allows"),
@@ -175,6 +183,27 @@ def test_a_config_of_a_tiny_budget_can_be_trained_and_says_what_was_changed(plan
     run.check()
     assert run.optim.learning_rate < 0.01
     assert run.train.total_tokens >= 100 * run.tokens_per_step
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(num_experts=st.integers(2, 200), share=st.floats(1e-5, 1.0))
+@example(num_experts=3, share=0.33)
+@example(num_experts=32, share=0.03)
+@example(num_experts=49, share=1e-5)
+def test_every_written_config_passes_the_trainers_own_checks(num_experts, share):
+    """Rounded to four digits, one of three experts was 0.3333 of them, which the trainer refuses."""
+    law, limits = read_law(None), Limits(flops=1e21)
+    for kind in ("smoe", "dsmoe"):
+        found = make_plan(candidate_families(law, [num_experts], share, kinds=[kind]), limits, law)
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / "plan.yaml"
+            write_config(found, 1, path)
+            run, _, _ = parse(["--config", str(path), "--data.path", "somewhere"])
+        config = run.model_config()
+        make_controller(run.mask_phase, config)
+        if kind == "dsmoe":
+            wanted = max(share, 1 / num_experts)
+            assert run.mask_phase.target_active == pytest.approx(wanted, abs=5.1e-5)
 
 
 def test_files_are_written(plan, tmp_path):
