@@ -238,5 +238,6 @@ def _notes(limits: Limits, law: PlanningLaw, rows: Sequence[Row]) -> list[str]:
     if limits.inference_tokens and limits.flops is None:
         notes.append(
             "inference tokens are reported as operations only: without --flops they share no budget with training"
+            + (", and --days is for training alone" if limits.training_flops else "")
         )
     return notes
