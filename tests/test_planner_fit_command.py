@@ -52,6 +52,19 @@ def test_command_writes_json_text_and_plot(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads(law.read_text())
 
 
+def test_outputs_that_cannot_be_written_are_told_before_any_is(tmp_path, capsys):
+    source = write_csv(tmp_path / "runs.csv", as_rows(sweep(0.006, 0, 4, 4)))
+    for words, message in [
+        (["--json", tmp_path], f"--json {tmp_path}: is a folder"),
+        (["--output", source / "law.json"], "is no folder that can be written to"),
+        (["--plot", tmp_path / "plot.svg"], "plots are PNG files"),
+    ]:
+        assert fit(source, "--plot", tmp_path / "plot.png", *words) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_the_planner_reads_the_law(tmp_path, capsys):
     lawfile = pytest.importorskip("dsmoe.planner.lawfile")
     source = write_csv(tmp_path / "runs.csv", as_rows(sweep(0.006, 0, 4, 4)))

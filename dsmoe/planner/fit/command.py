@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.errors import UserError
-from dsmoe.files import write_json
+from dsmoe.figures import check_figure
+from dsmoe.files import check_new_file, write_json
 from dsmoe.planner.fit.bootstrap import METHODS
 from dsmoe.planner.fit.fitting import HOLD_OUT_BY, WEIGHTINGS, Settings, fit_law
 from dsmoe.planner.fit.folders import read_folder, read_study
@@ -147,6 +148,12 @@ def run(args: argparse.Namespace) -> None:
                         method=args.bootstrap_method, weighting=args.weighting, hold_out=args.hold_out_largest,
                         hold_out_by=args.hold_out_by)  # fmt: skip
     settings.check()
+    for option in ("plot", "output", "json"):
+        path = getattr(args, option)
+        if path and path != "-":
+            check_new_file(path, f"--{option}")
+    if args.plot:
+        check_figure(args.plot, "--plot")
     runs, notes = read_sources(args.sources, args.map, args.where, args.last_of, args.skip_empty)
     fit = fit_law(runs, settings)
     content = as_json(fit, args.decide_flops)
