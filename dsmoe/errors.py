@@ -14,6 +14,12 @@ class UserError(ValueError):
     """
 
 
+def reason_of(error: BaseException) -> str:
+    """What an exception of a library says, in one line: its first, or all of them where the first ends in a colon."""
+    first = (str(error).strip().splitlines() or [type(error).__name__])[0].strip()
+    return " ".join(str(error).split()) if first.endswith(":") else first
+
+
 def run_reporting_errors(function: Callable[[], Any]) -> int:
     """Call `function()` and return the exit status of the command.
 

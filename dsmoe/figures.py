@@ -3,6 +3,8 @@
 from pathlib import Path
 from typing import Any
 
+from dsmoe.errors import UserError
+
 # of the three kinds of model, in every plot
 KIND_COLOURS = {"dense": "#222222", "smoe": "#2f74b0", "dsmoe": "#d1495b"}
 
@@ -15,6 +17,16 @@ def pyplot() -> Any:
     from matplotlib import pyplot as plt
 
     return plt
+
+
+def check_figure(path: str | Path, option: str) -> None:
+    """Refuse a place for a plot, before it is drawn.
+
+    Raises:
+        UserError: the name doesn't end in .png, which every plot is.
+    """
+    if Path(path).suffix.lower() != ".png":
+        raise UserError(f"{option} {path}: plots are PNG files; give a name that ends in .png")
 
 
 def save_figure(figure: Any, path: str | Path) -> None:

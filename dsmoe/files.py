@@ -120,6 +120,24 @@ def check_new_folder(path: str | Path, *, overwrite: bool = False, inputs: Itera
         )
 
 
+def check_new_file(path: str | Path, option: str) -> None:
+    """Refuse a place where no file can be written; commands ask before they work.
+
+    Args:
+        path: where the file will stand; one that stands there is replaced.
+        option: what to call it in an error, such as "--json".
+
+    Raises:
+        UserError: `path` is a folder, or a file or a folder that can't be written to is where its own would be.
+    """
+    path = Path(path)
+    if path.is_dir():
+        raise UserError(f"{option} {path}: is a folder; name a file")
+    folder = next(one for one in path.absolute().parents if one.exists())
+    if not folder.is_dir() or not os.access(folder, os.W_OK):
+        raise UserError(f"{option} {path}: {folder} is no folder that can be written to; name another place")
+
+
 def _places(path: Path) -> set[Path]:
     """A path and the folders that hold it: those it is reached by, and those it stands in once links are followed."""
     path = path.absolute()

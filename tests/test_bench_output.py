@@ -1,5 +1,10 @@
 """Results of several benchmark runs as one."""
 
+import json
+
+import pytest
+
+from dsmoe.bench import command, inference_command, serving_command, sparse_training
 from dsmoe.bench.output import joined
 
 
@@ -14,3 +19,23 @@ def test_rows_are_joined_and_the_rest_is_the_firsts():
     }
     assert joined([one]) == one
     assert joined([{"model": None, "layers": []}, one])["layers"] == [{"threads": 1}]
+
+
+@pytest.mark.parametrize("bench", [command, inference_command, serving_command, sparse_training])
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [
+        ({}, "no entry"),
+        ([1], "written"),
+        ({"layers": [1], "rows": [1]}, "written"),
+        ({"layers": [{"threads": 1}], "rows": [{"threads": 1}]}, "no entry"),
+    ],
+)
+def test_results_of_something_else_are_one_line(tmp_path, capsys, bench, content, reason):
+    file, record = tmp_path / "other.json", tmp_path / "record"
+    file.write_text(json.dumps(content))
+    assert bench.main(pytest.fail, ["--results", str(file), "--record", str(record)]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --results {file}: not what --json of this benchmark has written")
+    assert reason in error and error.count("\n") == 1
+    assert not record.exists()

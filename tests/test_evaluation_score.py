@@ -15,7 +15,7 @@ from transformers import AutoTokenizer
 from dsmoe.data.benchmarks import write_benchmarks
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.data.loader import evaluation_batches
-from dsmoe.errors import UserError
+from dsmoe.errors import UserError, reason_of
 from dsmoe.evaluation import score
 from dsmoe.evaluation.comparison import compare
 from dsmoe.evaluation.loading import load_model
@@ -135,7 +135,10 @@ def test_a_foreign_tokenizer_gets_no_validation_loss(place, capsys):
 def refused(capsys, place, *more):
     """The one line of a command line that is refused."""
     capsys.readouterr()
-    assert score.main([str(part) for part in ["--tasks", "none", "--device", "cpu", *more]]) == 2
+    assert (
+        score.main([str(part) for part in ["--tasks", "none", "--decode-speed", "--device", "cpu", *more]])
+        == 2
+    )
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith("error: ")
     return line
@@ -184,7 +187,8 @@ def test_weights_that_do_not_fit_are_not_scored(place, tmp_path, capsys, model, 
         save_file(tensors, weights, metadata={"format": "pt"})
     output = tmp_path / "results.json"
     if (model, change) == ("llama", "unexpected"):  # as in models with heads for other tasks
-        assert score.main(["--model", str(folder), "--tasks", "none", "--output", str(output)]) == 0
+        words = ["--model", folder, "--tasks", "none", "--data", place / "corpus", "--output", output]
+        assert score.main([str(word) for word in words]) == 0
         return
     line = refused(capsys, place, "--model", folder, "--output", output)
     assert str(folder) in line and not output.exists()
@@ -199,6 +203,20 @@ def test_a_bad_field_of_the_config_is_named(place, tmp_path, capsys, model):
     (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
     line = refused(capsys, place, "--model", folder, "--output", tmp_path / "results.json")
     assert str(folder) in line and "'hidden_size' expected int, got str (value: 'big')" in line
+
+
+def test_a_tokenizer_that_is_missing_or_damaged_is_told_to_the_end(place, tmp_path, capsys):
+    """The first line of what transformers says ends "from one of:"."""
+    folder = tmp_path / "model"
+    shutil.copytree(place / "llama", folder)
+    (folder / "tokenizer.json").write_text("{")
+    line = refused(capsys, place, "--model", folder, "--output", tmp_path / "results.json")
+    assert str(folder) in line and "tokenizer can't be read (" in line and not line.endswith(":)")
+    (folder / "tokenizer.json").unlink()
+    line = refused(capsys, place, "--model", folder, "--output", tmp_path / "results.json")
+    assert "tokenizer can't be read (" in line and not line.endswith(":)")
+    assert reason_of(ValueError("from one of:\n(1) this\n(2) that")) == "from one of: (1) this (2) that"
+    assert (reason_of(ValueError(" broken \nsee there")), reason_of(OSError())) == ("broken", "OSError")
 
 
 @pytest.mark.parametrize("damaged", [[1], {}, {"settings": {}, "models": [3], "task_versions": {}}])
@@ -256,6 +274,7 @@ def test_names_of_models(tmp_path):
         (["--model", "./none"], "./none: no such folder"),
         (["--model", "a/b", "--limit", "0"], "--limit 0: must be at least 1"),
         (["--model", "a/b", "--tasks", ","], "names no task"),
+        (["--model", "a/b", "--tasks", "none"], "--tasks none leaves nothing to measure"),
         (["--model", "a/b", "--data", "./none"], "not a prepared corpus"),
     ],
 )

@@ -395,6 +395,20 @@ def test_dtype_follows_the_checkpoint(tmp_path):
     assert export(tmp_path / "source", "olmoe", tmp_path / "out")["dtype"] == "bfloat16"
 
 
+def test_a_native_copy_of_a_float16_checkpoint_stays_float16(tmp_path):
+    """transformers' own architectures are not checked in float16, and take float32."""
+    model = make(mlp_routing=top_k(2)).to(torch.float16)
+    save_pretrained(model, tmp_path / "source", None)
+    assert export(tmp_path / "source", "dsmoe", tmp_path / "copy")["dtype"] == "float16"
+    before, after = (load_file(tmp_path / name / "model.safetensors") for name in ("source", "copy"))
+    assert before.keys() == after.keys()
+    for name, value in before.items():
+        torch.testing.assert_close(after[name], value, rtol=0, atol=0)
+    assert export(tmp_path / "source", "olmoe", tmp_path / "olmoe")["dtype"] == "float32"
+    with pytest.raises(UserError, match="dtype 'float16': must be one of float32, bfloat16"):
+        export(tmp_path / "source", "olmoe", tmp_path / "half", "float16")
+
+
 def test_generation_settings_are_carried_over(tmp_path):
     model = make(mlp_routing=top_k(2))
     model.generation_config.do_sample = True

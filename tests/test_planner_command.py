@@ -4,18 +4,26 @@ import argparse
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 import yaml
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from dsmoe import DSMoEForCausalLM
 from dsmoe.accounting import total_parameters
 from dsmoe.errors import run_reporting_errors
 from dsmoe.planner.command import add_parser
+from dsmoe.planner.lawfile import read_law
+from dsmoe.planner.limits import Limits
 from dsmoe.planner.page import main as page
+from dsmoe.planner.plan import candidate_families, make_plan
+from dsmoe.planner.train_config import write_config
 from dsmoe.trainer.command import parse
+from dsmoe.trainer.mask_phase import make_controller
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -64,7 +72,8 @@ def test_hardware_gives_memory_and_operations(plan):
     _, out, _ = plan("--gpu", "h100:8", "--days", "30", "--memory", "100GB", "--json", "-")
     content = json.loads(out)
     assert content["limits"]["memory_bytes"] == 100e9
-    assert content["limits"]["flops"] == pytest.approx(8 * 989.4e12 * 0.4 * 30 * 86400)
+    assert content["limits"]["flops"] is None
+    assert content["limits"]["training_flops"] == pytest.approx(8 * 989.4e12 * 0.4 * 30 * 86400)
     assert any("smaller of it and --memory" in note for note in content["assumptions"])
     _, out, _ = plan("--gpu", "rtx4090", "--flops", "1e20", "--json", "-")
     assert json.loads(out)["limits"]["memory_bytes"] == 24e9
@@ -86,14 +95,67 @@ def test_hardware_that_trains_limits_what_is_trained(plan):
     assert not any("--training-memory sets" in note for note in lifted["assumptions"])
 
 
+@pytest.mark.parametrize("days", [3.0, 3e4])
+def test_days_and_operations_both_hold(plan, days):
+    """With --days 3 the operations of --flops 1e25 were once taken, thousands of times what the days allow."""
+    words = [
+        "--gpu",
+        "h100:8",
+        "--days",
+        str(days),
+        "--flops",
+        "1e24",
+        "--inference-tokens",
+        "1e12",
+        "--json",
+        "-",
+    ]
+    content = json.loads(plan(*words)[1])
+    of_days = 8 * 989.4e12 * 0.4 * days * 86400
+    for row in content["rows"]:
+        together = row["training_flops"] + row["inference_flops"]
+        assert row["training_flops"] <= of_days * (1 + 1e-9) and together <= 1e24 * (1 + 1e-9)
+        # the one that the plan calls binding is used up; more tokens would always be better
+        assert (
+            row["binding"][0] == ("training_flops" if days == 3 else "flops")
+            or "training_memory" in row["binding"]
+        )
+        assert (
+            row["training_flops"] == pytest.approx(of_days) if days == 3 else together == pytest.approx(1e24)
+        )
+    assert any(
+        "with inference 1e+24, by --flops: the smaller holds" in note for note in content["assumptions"]
+    )
+
+
+def test_days_train_and_don_t_serve(plan):
+    """The operations of 1e13 inference tokens, charged to three days of training, once left a model of 29M."""
+    words = ["--gpu", "h100:8", "--days", "3", "--json", "-"]
+    alone, used = (json.loads(plan(*words, *more)[1]) for more in ([], ["--inference-tokens", "1e13"]))
+    for one, other in zip(alone["rows"], used["rows"], strict=True):
+        assert other["inference_flops"] > one["inference_flops"] == 0
+        assert {**one, "inference_flops": 0} == {**other, "inference_flops": 0}
+    assert any(note.endswith("and --days is for training alone") for note in used["assumptions"])
+
+
+def test_what_one_device_cannot_serve_is_told(plan):
+    words = ["--days", "3", "--training-memory", "100TB", "--num-experts", "32,64", "--json", "-"]
+    content = json.loads(plan("--gpu", "h100:8", *words)[1])
+    (note,) = [note for note in content["assumptions"] if "`dsmoe serve` uses one device" in note]
+    too_large = [str(rank) for rank, row in enumerate(content["rows"], 1) if row["memory_bytes"] > 80e9]
+    assert 0 < len(too_large) < len(content["rows"])
+    assert note.startswith(f"rank {', '.join(too_large)}: ") and "80 GB of one h100" in note
+    small = json.loads(plan("--gpu", "h100", *words)[1])
+    assert not any("one device" in note for note in small["assumptions"])
+
+
 def test_one_number_of_experts(plan):
     _, out, _ = plan("--flops", "1e20", "--num-experts", "8", "--json", "-")
     assert {(row["kind"], row["num_experts"]) for row in json.loads(out)["rows"]} == {
         ("dense", 1), ("smoe", 8), ("dsmoe", 8)}  # fmt: skip
     _, out, _ = plan("--flops", "1e20", "--num-experts", "1", "--json", "-")
-    dense, dsmoe = json.loads(out)["rows"]
-    changed = {name for name in dense if dense[name] != dsmoe[name]}
-    assert changed == {"kind", "assumed"}
+    # a mixture of one expert is the dense model, and no configuration of one can be trained
+    assert [row["kind"] for row in json.loads(out)["rows"]] == ["dense"]
 
 
 @pytest.mark.parametrize(
@@ -104,6 +166,10 @@ def test_one_number_of_experts(plan):
         ("--memory 24 --flops 1e22", "--memory '24'"),
         ("--flops lots", "--flops 'lots'"),
         ("--gpu h1000", "'h100'"),
+        ("--gpu 8h100", "a count stands after the name: h100:8"),
+        ("--gpu 8xh100", "--gpu h100:8 --days 3"),
+        ("--flops 1e22 --plot plan.foo", "--plot plan.foo: plots are PNG files"),
+        ("--flops 1e22 --json - --write-config -", "--json and --write-config both name -"),
         ("--flops 1e22 --gpu h100 --mfu 2 --days 1", "--mfu 2"),
         ("--flops 1e22 --days 3", "--days needs --gpu"),
         ("--gpu h100 --days 0", "--days 0"),
@@ -122,6 +188,7 @@ def test_one_number_of_experts(plan):
         ("--flops 1e22 --num-experts 1e300", "smoe with 1e+300 experts"),
         ("--flops 1e22 --kinds dense,moe", "--kinds 'moe'"),
         ("--flops 1e22 --kinds smoe --num-experts 1", "no candidate"),
+        ("--flops 1e22 --kinds dsmoe --num-experts 1", "need at least 2"),
         ("--flops 1e22 --row 9", "--row 9"),
         ("--flops 1e22 --law missing.json", "no such file"),
         ("--flops 1e6", "flops allows"),
@@ -177,6 +244,27 @@ def test_a_config_of_a_tiny_budget_can_be_trained_and_says_what_was_changed(plan
     assert run.train.total_tokens >= 100 * run.tokens_per_step
 
 
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(num_experts=st.integers(2, 200), share=st.floats(1e-5, 1.0))
+@example(num_experts=3, share=0.33)
+@example(num_experts=32, share=0.03)
+@example(num_experts=49, share=1e-5)
+def test_every_written_config_passes_the_trainers_own_checks(num_experts, share):
+    """Rounded to four digits, one of three experts was 0.3333 of them, which the trainer refuses."""
+    law, limits = read_law(None), Limits(flops=1e21)
+    for kind in ("smoe", "dsmoe"):
+        found = make_plan(candidate_families(law, [num_experts], share, kinds=[kind]), limits, law)
+        with tempfile.TemporaryDirectory() as name:
+            path = Path(name) / "plan.yaml"
+            write_config(found, 1, path)
+            run, _, _ = parse(["--config", str(path), "--data.path", "somewhere"])
+        config = run.model_config()
+        make_controller(run.mask_phase, config)
+        if kind == "dsmoe":
+            wanted = max(share, 1 / num_experts)
+            assert run.mask_phase.target_active == pytest.approx(wanted, abs=5.1e-5)
+
+
 def test_files_are_written(plan, tmp_path):
     status, out, _ = plan("--flops", "1e20", "--memory", "5GB", "--json", str(tmp_path / "plan.json"), "--plot",
                           str(tmp_path / "plan.png"))  # fmt: skip
@@ -185,6 +273,30 @@ def test_files_are_written(plan, tmp_path):
     assert (tmp_path / "plan.png").read_bytes().startswith(b"\x89PNG")
     assert plan("--flops", "1e20", "--total-params", "1B", "--plot", str(tmp_path / "points.png"))[0] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"plan.json", "plan.png", "points.png"}
+
+
+def test_outputs_that_cannot_be_written_are_told_before_any_is(plan, tmp_path):
+    (tmp_path / "file").touch()
+    (tmp_path / "folder").mkdir()
+    before = sorted(tmp_path.rglob("*"))
+    config = str(tmp_path / "plan.yaml")
+    for words, message in [
+        (["--json", str(tmp_path / "folder")], "is a folder; name a file"),
+        (["--json", str(tmp_path / "file" / "plan.json")], "is no folder that can be written to"),
+        (["--json", config], "--json and --write-config both name"),
+        (["--plot", str(tmp_path / "plot.pdf")], "plots are PNG files"),
+    ]:
+        status, out, err = plan("--flops", "1e20", "--write-config", config, *words)
+        assert (status, out, err.count("\n")) == (2, "", 1) and message in err
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_dash_prints_the_configuration(plan, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    status, out, _ = plan("--flops", "1e18", "--write-config", "-")
+    assert status == 0 and list(tmp_path.iterdir()) == []
+    plan("--flops", "1e18", "--write-config", "plan.yaml")
+    assert (tmp_path / "plan.yaml").read_text(encoding="utf-8") == out
 
 
 def test_the_page(tmp_path, monkeypatch, capsys):

@@ -52,6 +52,19 @@ def test_command_writes_json_text_and_plot(tmp_path, capsys):
     assert json.loads(capsys.readouterr().out) == json.loads(law.read_text())
 
 
+def test_outputs_that_cannot_be_written_are_told_before_any_is(tmp_path, capsys):
+    source = write_csv(tmp_path / "runs.csv", as_rows(sweep(0.006, 0, 4, 4)))
+    for words, message in [
+        (["--json", tmp_path], f"--json {tmp_path}: is a folder"),
+        (["--output", source / "law.json"], "is no folder that can be written to"),
+        (["--plot", tmp_path / "plot.svg"], "plots are PNG files"),
+    ]:
+        assert fit(source, "--plot", tmp_path / "plot.png", *words) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1
+    assert list(tmp_path.iterdir()) == [source]
+
+
 def test_the_planner_reads_the_law(tmp_path, capsys):
     lawfile = pytest.importorskip("dsmoe.planner.lawfile")
     source = write_csv(tmp_path / "runs.csv", as_rows(sweep(0.006, 0, 4, 4)))
@@ -182,6 +195,45 @@ def test_run_folders_of_the_trainer(tmp_path):
     assert fourth.num_params_active == count_parameters(newer, {"mlp": [1.0, 3.0]}).active
     assert third.num_params_active == third.num_params_total
     assert [run.active_share for run in runs] == [0.5, None, None, 0.5]
+
+
+def test_runs_that_started_from_another_model_are_left_out_and_told_of(tmp_path, capsys):
+    dense = {"kind": "dense", "num_experts": 1}
+    model = vars(
+        write_run(
+            tmp_path / "scratch", dense, config={"model": {**MODEL, **dense}, "train": {"init_from": ""}}
+        )
+    )
+    for name in ("polished", "upcycled"):
+        write_run(tmp_path / name, dense, config={"model": model, "train": {"init_from": "scratch"}})
+    runs, notes = read_folder(tmp_path)
+    assert [run.name for run in runs] == ["scratch"]
+    assert notes == [
+        f"{tmp_path}: left out, as they started from another model (train.init_from): 2 runs, the first "
+        f"{tmp_path / 'polished'}"
+    ]
+    rows = [
+        {
+            "name": name,
+            "kind": "dense",
+            "seed": 0,
+            "tokens": 1000,
+            "validation_loss": 4.0,
+            "model": model,
+            **more,
+        }
+        for name, more in (
+            ("a", {"settings": {"train.init_from": "scratch"}}),
+            ("b", {"settings": {}}),
+            ("c", {}),
+        )
+    ]
+    (tmp_path / "results.json").write_text(json.dumps({"runs": rows}))
+    runs, notes = read_study(tmp_path / "results.json")
+    assert [run.name for run in runs] == ["b", "c"] and "1 run, the first a" in notes[0]
+    assert fit(tmp_path / "polished", tmp_path / "upcycled") == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "1 run, the first" in error and "no such run is left" in error
 
 
 def test_the_results_of_a_study_give_the_runs_of_its_folders(tmp_path):

@@ -5,6 +5,7 @@ import shutil
 
 import pytest
 import torch
+from safetensors.torch import load_file
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast
 
@@ -16,6 +17,7 @@ from dsmoe.data.agreement import check_tokenizer
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.model import use_routing
 from dsmoe.sparsify import measure
+from dsmoe.sparsify.arguments import share
 from dsmoe.sparsify.frontier import frontier
 
 VOCAB = 64
@@ -204,6 +206,65 @@ def test_a_folder_that_is_not_empty_is_refused(folders, tmp_path, capsys):
     assert (output / "precious").read_text() == "x"
 
 
+@pytest.mark.parametrize(("text", "value"), [("0.5", 0.5), ("33%", 0.33), ("1", 1.0), ("100%", 1.0)])
+def test_a_share_may_be_a_percentage(text, value):
+    assert share(text) == pytest.approx(value)
+
+
+@pytest.mark.parametrize("text", ["0", "2", "nan", "120%", "-1", "some", "%"])
+def test_a_share_that_is_none_is_refused_by_name_at_once(folders, tmp_path, capsys, text):
+    with pytest.raises(SystemExit) as stopped:
+        sparsify(folders, tmp_path, f"--target-active={text}", "--text", str(folders / "text.jsonl"))
+    assert stopped.value.code == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert "--target-active" in error and "above 0 and at most 1 (0.33 or 33%)" in error
+
+
+def test_an_smoe_is_not_made_dense(folders, tmp_path, capsys):
+    """Its config would be refused wherever the checkpoint is loaded."""
+    for name, changes, option in [
+        ("mlp", {"mlp_routing": {"policy": "top_k", "k": 2}}, "--policy top_k --k 8"),
+        ("attention", {"num_experts": 1, "num_attention_experts": 4, "qk_norm": "per_head",
+                       "attention_routing": {"policy": "top_k", "k": 2}},
+         "--attention-policy top_k --attention-k 4"),
+    ]:  # fmt: skip
+        save_pretrained(make_model(kind="smoe", **changes), tmp_path / name, folders / "tokenizer")
+        words = ["sparsify", str(tmp_path / name), "--output", str(tmp_path / "out")]
+        assert main([*words, "--policy", "dense"]) == 2
+        error = capsys.readouterr().err.splitlines()[-1]
+        assert error.startswith("error: ") and option in error
+        assert not (tmp_path / "out").exists()
+        # what it advises gives a checkpoint that loads
+        advised = option.split() if name == "mlp" else ["--policy", "dense", *option.split()]
+        assert main([*words, *advised]) == 0
+        AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        shutil.rmtree(tmp_path / "out")
+
+
+def test_the_checkpoint_keeps_its_dtype_unless_told_otherwise(folders, tmp_path):
+    save_pretrained(make_model().to(torch.bfloat16), tmp_path / "half", folders / "tokenizer")
+    whole = load_file(tmp_path / "half" / "model.safetensors")
+    wanted = {None: torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+    for name, dtype in wanted.items():
+        output = tmp_path / f"sparse-{name}"
+        words = [
+            "--policy",
+            "top_k",
+            "--k",
+            "2",
+            "--output",
+            str(output),
+            *(["--dtype", name] if name else []),
+        ]
+        assert main(["sparsify", str(tmp_path / "half"), *words]) == 0
+        written = load_file(output / "model.safetensors")
+        assert written.keys() == whole.keys()
+        assert all(torch.equal(written[key], value.to(dtype)) for key, value in whole.items())
+        assert AutoModelForCausalLM.from_pretrained(output, dtype="auto").dtype == dtype
+    _, output = sparsify(folders, tmp_path, "--policy", "top_k", "--k", "2")
+    assert {value.dtype for value in load_file(output / "model.safetensors").values()} == {torch.float32}
+
+
 def test_frontier_restores_the_policy_and_all_experts_is_the_dense_loss():
     model = make_model()
     tokens = ids()
@@ -217,7 +278,7 @@ def test_frontier_restores_the_policy_and_all_experts_is_the_dense_loss():
 
 def test_a_checkpoint_with_missing_weights_is_refused(folders, tmp_path, capsys):
     """transformers would draw them at random and warn."""
-    from safetensors.torch import load_file, save_file
+    from safetensors.torch import save_file
 
     damaged = tmp_path / "damaged"
     shutil.copytree(folders / "mlp", damaged)

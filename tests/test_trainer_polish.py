@@ -1,6 +1,7 @@
 """Starting from a checkpoint, training with fixed policies, self-distillation, and `dsmoe polish`."""
 
 import json
+import shutil
 
 import pytest
 import torch
@@ -185,3 +186,60 @@ def test_polish_command(train, dense_run, capsys):
     assert run["data"]["first_sample"] > 0 and run["model"]["num_experts"] == dense["model"]["num_experts"]
     assert cli.main([*words[:1], str(dense_run.folder.parent), *words[2:]]) == 2
     assert "summary.json" in capsys.readouterr().err
+
+
+def test_what_polish_refuses_is_refused_before_training(dense_run, monkeypatch, capsys, corpus_dir):
+    """None of these may train or leave anything behind."""
+    monkeypatch.setattr("dsmoe.sparsify.polish.train", lambda words: pytest.fail("it trained"))
+    home = dense_run.folder.parent
+    good = sparsified(dense_run, "--policy", "top_k", "--k", "1")
+    for name in ("final", "log.jsonl"):
+        shutil.copytree(good, home / "more" / name)
+    removed = sparsified(dense_run, "--policy", "threshold", "--threshold", "0.9", "--data", str(corpus_dir),
+                         "--remove-unused", "0.2")  # fmt: skip
+    config = json.loads((removed / "config.json").read_text())
+    assert min(map(len, config["mlp_kept_experts"])) < 4
+    (home / "held").mkdir()
+    (home / "held" / good.name).mkdir()
+    (home / "held" / good.name / "precious").touch()
+    monkeypatch.chdir(home / "more" / "final")
+    capsys.readouterr()
+    output, before = str(home / "polished"), sorted(home.rglob("*"))
+    for policies, words, message in [
+        ([home / "more" / "final"], [], "polished/final, which the run itself uses"),
+        (["."], [], "polished/final, which the run itself uses"),
+        (["../log.jsonl"], [], "polished/log.jsonl, which the run itself uses"),
+        ([good, f"{good}/../{good.name}"], [], f"two folders are called {good.name!r}"),
+        ([good], ["--output", str(home)], f"{good}, which is read"),
+        ([good], ["--output", str(dense_run.folder), "--overwrite"], "which is read"),
+        ([good], ["--output", str(home / "held")], "is not empty"),
+        ([removed], [], "experts were removed from it"),
+        ([good], ["--measure-tokens", "-50000"], "--measure-tokens -50000: must be at least 1"),
+        ([good], ["--measure-tokens", "0"], "--measure-tokens 0: must be at least 1"),
+        ([good], ["--learning-rate", "0"], "--learning-rate 0: must be a number above 0"),
+        ([good], ["--learning-rate", "nan"], "--learning-rate nan: must be a number above 0"),
+        ([good], ["--data", str(home / "nowhere")], "not a prepared corpus"),
+        ([good], ["--teacher", str(home / "nowhere")], "no model folder"),
+    ]:  # fmt: skip
+        chosen = [
+            "polish",
+            str(dense_run.folder),
+            "--output",
+            output,
+            "--policies",
+            *map(str, policies),
+            *words,
+        ]
+        assert cli.main(chosen) == 2
+        error = capsys.readouterr().err
+        assert message in error and error.count("\n") == 1, error
+    assert sorted(home.rglob("*")) == before
+
+
+def test_polish_refuses_a_learning_rate_that_decayed_to_nothing(train, capsys):
+    run = train("to-zero", optim__min_lr_ratio=0.0, **MI)
+    policies = sparsified(run, "--policy", "top_k", "--k", "1")
+    words = ["--policies", str(policies), "--output", str(run.folder.parent / "polished")]
+    assert cli.main(["polish", str(run.folder), *words]) == 2
+    assert "ended with a learning rate of 0; pass --learning-rate" in capsys.readouterr().err
+    assert not (run.folder.parent / "polished").exists()

@@ -16,6 +16,7 @@ from dsmoe.bench.output import (
     checked_rounds,
     command_for_threads,
     give,
+    reading,
     results_of,
 )
 from dsmoe.bench.tables import growth_plot, result_table
@@ -97,12 +98,14 @@ def _measure_on(
 def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
     """Measure (or read earlier results), print the table or write JSON, plot and record."""
     results = results_of(args, partial(_measured, args))
-    if args.plot:
-        growth_plot(results["growth"], args.plot)
+    with reading(args):
+        table, command = result_table(results), command_for_threads(args, "bench_training.py", results)
+        draw = partial(growth_plot, results["growth"])
+        if args.plot:
+            draw(args.plot)
     give(
-        args, results, result_table(results), write_record,
-        "Dense training beside the dense twin and transformers' experts",
-        command_for_threads(args, "bench_training.py", results), {"growth.png": partial(growth_plot, results["growth"])},
+        args, results, table, write_record, "Dense training beside the dense twin and transformers' experts", command,
+        {"growth.png": draw},
     )  # fmt: skip
 
 

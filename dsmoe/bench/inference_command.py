@@ -18,6 +18,7 @@ from dsmoe.bench.output import (
     checked_rounds,
     command_for_threads,
     give,
+    reading,
     results_of,
 )
 from dsmoe.bench.timing import checked_threads, threads_in_use
@@ -83,10 +84,11 @@ def measure(
 def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
     """Measure (or read earlier results), print the table or JSON, write the record."""
     results = results_of(args, partial(_measured, args))
+    with reading(args):
+        table, command = result_table(results), command_for_threads(args, "bench_inference.py", results)
     give(
-        args, results, result_table(results), write_record,
-        "Inference of expert layers and a whole model: kept experts against all, dense and transformers",
-        command_for_threads(args, "bench_inference.py", results),
+        args, results, table, write_record,
+        "Inference of expert layers and a whole model: kept experts against all, dense and transformers", command,
     )  # fmt: skip
 
 

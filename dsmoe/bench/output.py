@@ -4,7 +4,8 @@ import argparse
 import json
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ from dsmoe.files import read_json, write_json
 
 Advance = Callable[[str], Any]
 Results = dict[str, Any]
+_NOT_OURS = "not what --json of this benchmark has written"
 
 
 def benchmark_parser(script: str, description: str, epilog: str) -> argparse.ArgumentParser:
@@ -87,7 +89,11 @@ def results_of(args: argparse.Namespace, measure: Callable[[Advance], Results]) 
     if args.record and args.record.exists() and not args.overwrite:
         raise UserError(f"--record {args.record}: it exists already; --overwrite replaces it")
     if args.results is not None:
-        return joined([read_json(path) for path in args.results])
+        parts = [read_json(path) for path in args.results]
+        for path, part in zip(args.results, parts):
+            if not isinstance(part, dict):
+                raise UserError(f"--results {path}: {_NOT_OURS}")
+        return joined(parts)
     # no total: implementations that don't run here, and slow ones, take fewer steps
     with tqdm(unit=" steps", disable=None, file=sys.stderr) as bar:
 
@@ -96,6 +102,25 @@ def results_of(args: argparse.Namespace, measure: Callable[[Advance], Results]) 
             bar.update()
 
         return measure(advance)
+
+
+@contextmanager
+def reading(args: argparse.Namespace) -> Iterator[None]:
+    """Around what makes a table or plot of results: those of `--results` may be of anything.
+
+    Args:
+        args: of `benchmark_parser`.
+
+    Raises:
+        UserError: an entry of results that were read is missing or of another type.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, ValueError, IndexError) as error:
+        if args.results is None or isinstance(error, UserError):
+            raise
+        reason = f"no entry {error}" if isinstance(error, KeyError) else error
+        raise UserError(f"--results {' '.join(map(str, args.results))}: {_NOT_OURS} ({reason})") from None
 
 
 def joined(parts: Sequence[Results]) -> Results:

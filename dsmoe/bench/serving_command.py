@@ -12,7 +12,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from dsmoe.bench.output import benchmark_parser, give, results_of
+from dsmoe.bench.output import benchmark_parser, give, reading, results_of
 from dsmoe.bench.serving_engines import ENGINES
 from dsmoe.bench.serving_extra import extra_form, kind_of, parse_extras
 from dsmoe.bench.serving_models import DTYPES, FULL_SHAPE, KINDS, QUICK_SHAPE, form_of, native_folder
@@ -77,9 +77,10 @@ def run(args: argparse.Namespace, write_record: Callable[..., None], words: Sequ
     results.setdefault(
         "commands", [shlex.join(["python", "eval/bench_serving.py", *_measuring_words(words)])]
     )
+    with reading(args):
+        table, again = result_table(results), _again(args.record, results)
     give(
-        args, results, result_table(results), write_record, TITLE, _again(args.record, results),
-        {"serving.png": partial(draw, results)},
+        args, results, table, write_record, TITLE, again, {"serving.png": partial(draw, results)},
     )  # fmt: skip
 
 

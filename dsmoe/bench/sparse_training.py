@@ -19,6 +19,7 @@ from dsmoe.bench.output import (
     checked_rounds,
     command_for_threads,
     give,
+    reading,
     results_of,
 )
 from dsmoe.bench.timing import checked_threads, interleaved_seconds, ratio, threads_in_use
@@ -210,8 +211,9 @@ def table(results: Mapping[str, Any]) -> str:
 def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
     """Measure (or read earlier results), print the table or write JSON and record."""
     results = results_of(args, partial(_measured, args))
-    command = command_for_threads(args, "bench_sparse_training.py", results)
-    give(args, results, table(results), write_record, "Training with K of N experts", command)
+    with reading(args):
+        text, command = table(results), command_for_threads(args, "bench_sparse_training.py", results)
+    give(args, results, text, write_record, "Training with K of N experts", command)
 
 
 def _measured(args: argparse.Namespace, advance: Callable[[str], Any]) -> dict[str, Any]:

@@ -30,6 +30,7 @@ AUTO_MAP = {
     "AutoModel": "dsmoe_shim.DSMoEModel",
     "AutoModelForCausalLM": "dsmoe_shim.DSMoEForCausalLM",
 }
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 TOKENIZER_FILES = (
     "tokenizer.json",
     "tokenizer_config.json",
@@ -136,6 +137,12 @@ def _model_type(folder: Path) -> Any:
         return None
     config = read_json(folder / "config.json")
     return config.get("model_type") if isinstance(config, dict) else None
+
+
+def stored_dtype(folder: Path) -> str:
+    """The dtype that a model folder's config.json names, one of DTYPES; "float32" where it names another or none."""
+    dtype = read_json(folder / "config.json").get("dtype")
+    return dtype if dtype in DTYPES else "float32"
 
 
 def load_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[DSMoEForCausalLM, Path]:

@@ -11,7 +11,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 import dsmoe.model  # noqa: F401 (registers model_type "dsmoe" with the Auto classes)
 from dsmoe.checkpoint.pretrained import check_weights, final_of_run
 from dsmoe.environment import default_device
-from dsmoe.errors import UserError
+from dsmoe.errors import UserError, reason_of
 from dsmoe.evaluation.quiet import quiet_loading
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
@@ -71,7 +71,7 @@ def load_model(
         with quiet_loading():
             # by itself first: what is wrong with it, the tokenizer's loading passes over with a warning
             AutoConfig.from_pretrained(path, trust_remote_code=trust_remote_code)
-            tokenizer = AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+            tokenizer = _tokenizer(path, trust_remote_code)
             # not .to(dtype) on a live model: that would also round the rotary frequencies
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 path, dtype=dtype, trust_remote_code=trust_remote_code, output_loading_info=True
@@ -90,3 +90,11 @@ def load_model(
     except (RuntimeError, AssertionError) as error:
         raise UserError(f"--device {device}: {str(error).splitlines()[0]}") from error
     return LoadedModel(path, model.eval(), tokenizer)
+
+
+def _tokenizer(path: str, trust_remote_code: bool) -> Any:
+    try:
+        return AutoTokenizer.from_pretrained(path, trust_remote_code=trust_remote_code)
+    # transformers and tokenizers raise many kinds for files that are missing or damaged
+    except Exception as error:
+        raise ValueError(f"its tokenizer can't be read ({reason_of(error)})") from error

@@ -138,6 +138,10 @@ def checked_settings(args: argparse.Namespace) -> Row:
         if value is not None and value < 1:
             raise UserError(f"--{name.replace('_', '-')} {value}: must be at least 1")
     tasks = [] if args.tasks == "none" else parse_tasks(args.tasks)
+    if not (tasks or args.data is not None or args.wikitext or args.decode_speed):
+        raise UserError(
+            "--tasks none leaves nothing to measure; name tasks, or pass --data, --wikitext or --decode-speed"
+        )
     if tasks and args.include_path is not None:
         tasks_folder(args.include_path)
     corpus = None

@@ -42,7 +42,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--dtype",
         choices=tuple(GGUF_DTYPES),
-        help="of the weights (default: the checkpoint's); float16: gguf alone",
+        help="of the weights (default: the checkpoint's, or float32 where the format can't have that); float16: dsmoe "
+        "and gguf alone",
     )
     parser.add_argument(
         "--untie",

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from dsmoe import __version__
-from dsmoe.checkpoint.pretrained import load_pretrained, write_pretrained
+from dsmoe.checkpoint.pretrained import DTYPES, load_pretrained, stored_dtype, write_pretrained
 from dsmoe.errors import UserError
 from dsmoe.export.check import (
     EXACT,
@@ -26,11 +26,12 @@ from dsmoe.export.gguf import export_gguf
 from dsmoe.export.notes import LOOP, notes_of
 from dsmoe.export.requirements import ARCHITECTURES, check_exportable, uniform_top_k
 from dsmoe.export.targets import is_exact, rows_are_aligned, target_model
-from dsmoe.files import check_new_folder, new_folder, read_json, sha256, write_json
+from dsmoe.files import check_new_folder, new_folder, sha256, write_json
 from dsmoe.model import DSMoEForCausalLM
 
 REPORT = "export.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# of the architectures that transformers ships: the check is for these
+_SHIPPED_DTYPES = ("float32", "bfloat16")
 # of `dsmoe sparsify`; true of a native copy as well
 _CARRIED_ALONG = ("sparsity.json",)
 
@@ -51,7 +52,8 @@ def export(
         checkpoint: dsmoe model folder, or folder of a finished run.
         target: one of FORMATS.
         output: folder to write, or file (gguf).
-        dtype: of the weights, one of DTYPES (of GGUF_DTYPES for gguf); None: the checkpoint's.
+        dtype: of the weights, one of DTYPES (float16: dsmoe and gguf alone); None: the checkpoint's, or float32 where
+            the target can't have that.
         untie: store the output projection of a tied model beside its embedding table (gguf does so always).
         tokenizer: false: leave the tokenizer out (gguf alone).
         overwrite: replace a folder that is not empty, or a file.
@@ -67,15 +69,18 @@ def export(
     output = Path(output)
     if not tokenizer:
         raise UserError("--no-tokenizer is for `--format gguf`")
-    if dtype is not None and dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r}: must be one of {', '.join(DTYPES)}")
+    dtypes = tuple(DTYPES) if target == "dsmoe" else _SHIPPED_DTYPES
+    if dtype is not None and dtype not in dtypes:
+        raise UserError(f"dtype {dtype!r}: must be one of {', '.join(dtypes)}")
     if untie and target == "dsmoe":
         raise UserError("--untie is for the other formats; dsmoe keeps the model's own tying")
     # the model of a run's folder is in final/
     check_new_folder(output, overwrite=overwrite, inputs=(checkpoint, Path(checkpoint) / "final"))
     model, source = load_pretrained(checkpoint, torch.float32)
     check_exportable(model.config, target)
-    dtype = dtype or _own_dtype(source)
+    if dtype is None:
+        own = stored_dtype(source)
+        dtype = own if own in dtypes else "float32"
     with new_folder(output, overwrite=overwrite) as beside:
         _write(model, target, DTYPES[dtype], untie, source, beside)
         agreement, notes = _check(model, target, DTYPES[dtype], beside)
@@ -90,11 +95,6 @@ def export(
         }
         write_json(beside / REPORT, report)
     return report
-
-
-def _own_dtype(source: Path) -> str:
-    dtype = read_json(source / "config.json").get("dtype")
-    return dtype if dtype in DTYPES else "float32"
 
 
 def _write(model: Any, target: str, dtype: torch.dtype, untie: bool, source: Path, folder: Path) -> None:

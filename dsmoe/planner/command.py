@@ -3,11 +3,13 @@
 import argparse
 import json
 import math
+from pathlib import Path
 from typing import Any
 
 from dsmoe.errors import UserError
-from dsmoe.files import write_json
-from dsmoe.planner.hardware import parse_gpu
+from dsmoe.figures import check_figure
+from dsmoe.files import check_new_file, write_json
+from dsmoe.planner.hardware import Hardware, parse_gpu
 from dsmoe.planner.lawfile import PlanningLaw, read_law
 from dsmoe.planner.limits import Limits
 from dsmoe.planner.memory import SHORT_NAMES, TRAINING_RECIPES, Serving, element_bytes
@@ -36,8 +38,9 @@ EPILOG = """examples:
   dsmoe plan --flops 1e19 --law law.json                         a law of `dsmoe fit`
   dsmoe plan --memory 24GB --flops 1e22 --write-config plan.yaml --plot plan.png
 
-Limits share one plan: training and inference operations together keep to --flops, weights of all experts and KV cache
-to --memory. Every limit is optional, but size and tokens must both be bounded by something."""
+Limits share one plan: training and inference operations together keep to --flops, those of training to --days, weights
+of all experts and KV cache to --memory. Of two limits on one thing the smaller holds. Every limit is optional, but size
+and tokens must both be bounded by something."""
 
 
 def add_parser(subparsers: Any) -> None:
@@ -52,7 +55,11 @@ def add_parser(subparsers: Any) -> None:
     limits.add_argument(
         "--gpu", metavar="NAME[:COUNT]", help="hardware to serve on (and train on, with --days)"
     )
-    limits.add_argument("--days", type=float, help="training days on --gpu; gives --flops")
+    limits.add_argument(
+        "--days",
+        type=float,
+        help="training days on --gpu: limit the operations of training, and nothing of inference",
+    )
     limits.add_argument(
         "--mfu", type=float, default=0.4, help="share of the peak with --days (default: %(default)s)"
     )
@@ -93,7 +100,8 @@ def add_parser(subparsers: Any) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", metavar="FILE", help="write JSON; - prints it in place of the table")
     output.add_argument("--plot", metavar="PNG", help="plot loss against memory by number of experts")
-    output.add_argument("--write-config", metavar="YAML", help="write a configuration for train/pretrain.py")
+    output.add_argument("--write-config", metavar="YAML",
+                        help="write a configuration for train/pretrain.py; - prints it, not the table")  # fmt: skip
     output.add_argument(
         "--row", type=int, default=1, help="rank of the row for --write-config (default: the best)"
     )
@@ -104,13 +112,15 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Plan as the arguments say; raises UserError on bad input, before anything is written."""
+    _check_outputs(args)
     plan = _plan(args)
     if not 1 <= args.row <= len(plan.rows):
         raise UserError(f"--row {args.row}: the plan has {len(plan.rows)} rows, the best is 1")
     if args.write_config:
-        from dsmoe.planner.train_config import write_config
+        from dsmoe.planner.train_config import config_text, write_config
 
-        write_config(plan, args.row, args.write_config)
+        if args.write_config != "-":
+            write_config(plan, args.row, args.write_config)
     if args.plot:
         from dsmoe.planner.plots import plot_plan
 
@@ -120,14 +130,33 @@ def run(args: argparse.Namespace) -> None:
         return
     if args.json:
         write_json(args.json, plan.as_dict())
+    if args.write_config == "-":
+        print(config_text(plan, args.row), end="")
+        return
     print(human_table(plan))
     for path in (args.json, args.plot, args.write_config):
         if path:
             print(f"written to {path}")
 
 
+def _check_outputs(args: argparse.Namespace) -> None:
+    """Refuse places that can't be written before one of them is."""
+    given = {"--json": args.json, "--plot": args.plot, "--write-config": args.write_config}
+    if args.plot:
+        check_figure(args.plot, "--plot")
+    seen: dict[str, str] = {}
+    for option, path in given.items():
+        if not path:
+            continue
+        if path != "-":
+            check_new_file(path, option)
+        other = seen.setdefault(str(Path(path).resolve()), option)
+        if other != option:
+            raise UserError(f"{other} and {option} both name {path}; name two files")
+
+
 def _plan(args: argparse.Namespace) -> Plan:
-    hardware_notes, limits = _limits(args)
+    hardware_notes, limits, hardware = _limits(args)
     law = _law(args)
     kinds = [kind.strip() for kind in args.kinds.split(",")]
     for kind in kinds:
@@ -139,12 +168,27 @@ def _plan(args: argparse.Namespace) -> Plan:
     share = parse_share(args.active_share, "--active-share")
     families = candidate_families(law, experts, share, parse_integer(args.vocab_size, "--vocab-size"), kinds)
     plan = make_plan(families, limits, law)
-    plan.notes[:0] = hardware_notes
+    plan.notes[:0] = [*hardware_notes, *_one_device_notes(plan, hardware)]
     return plan
 
 
-def _limits(args: argparse.Namespace) -> tuple[list[str], Limits]:
-    """The limits, and sentences about what the hardware gave."""
+def _one_device_notes(plan: Plan, hardware: Hardware | None) -> list[str]:
+    """What can't be served on one of several devices, which is all that this project's own serving uses."""
+    if hardware is None or hardware.count == 1:
+        return []
+    one = hardware.accelerator.memory_bytes
+    ranks = [str(rank) for rank, row in enumerate(plan.rows, 1) if row.fields["memory_bytes"] > one]
+    if not ranks:
+        return []
+    return [
+        f"{'all rows' if len(ranks) == len(plan.rows) else 'rank ' + ', '.join(ranks)}: to serve takes more than the "
+        f"{format_bytes(one)} of one {hardware.accelerator.name}, and `dsmoe serve` uses one device; spreading a model "
+        f"over several is another server's work, and --memory {one / 1e9:g}GB plans for one"
+    ]
+
+
+def _limits(args: argparse.Namespace) -> tuple[list[str], Limits, Hardware | None]:
+    """Sentences about what the hardware gave, the limits, and the hardware."""
 
     def read(parse: Any, flag: str) -> Any:
         text = getattr(args, flag.removeprefix("--").replace("-", "_"))
@@ -152,7 +196,8 @@ def _limits(args: argparse.Namespace) -> tuple[list[str], Limits]:
 
     flops, memory = read(parse_flops, "--flops"), read(parse_memory, "--memory")
     training_memory = read(parse_memory, "--training-memory")
-    notes = []
+    notes: list[str] = []
+    hardware, training_flops = None, None
     if args.gpu is None and args.days is not None:
         raise UserError("--days needs --gpu, whose speed it multiplies")
     if args.gpu is not None:
@@ -167,18 +212,17 @@ def _limits(args: argparse.Namespace) -> tuple[list[str], Limits]:
                 raise UserError(
                     f"--days {args.days:g} must be above zero and at most {MOST_DAYS:,} (a century)"
                 )
-            made = hardware.training_flops(args.days, parse_share(args.mfu, "--mfu"))
+            training_flops = hardware.training_flops(args.days, parse_share(args.mfu, "--mfu"))
             if training_memory is None:  # the hardware trains, so what is trained has to fit it
                 training_memory = hardware.memory_bytes
                 notes.append(
                     f"training memory limit {format_bytes(training_memory)}, that of {hardware}, which trains "
                     f"({args.training_recipe}, without activations); --training-memory sets another"
                 )
-            flops = made if flops is None else flops
-            origin = "from" if flops == made else "as given, not"
             notes.append(
-                f"operations {flops:.3g}, {origin} {args.days:g} days of {hardware} at {args.mfu:.0%} of "
-                f"{format_count(hardware.accelerator.peak_flops)} dense bf16 FLOP/s each ({made:.3g})"
+                f"operations of training {training_flops:.3g}, from {args.days:g} days of {hardware} at {args.mfu:.0%} "
+                f"of {format_count(hardware.accelerator.peak_flops)} dense bf16 FLOP/s each"
+                + ("" if flops is None else f"; with inference {flops:.3g}, by --flops: the smaller holds")
             )
     element_bytes(args.dtype)
     serving = Serving(
@@ -188,8 +232,9 @@ def _limits(args: argparse.Namespace) -> tuple[list[str], Limits]:
         kv_dtype=args.kv_dtype,
     )
     element_bytes(serving.cache_dtype, "--kv-dtype")
-    return notes, Limits(
+    limits = Limits(
         flops=flops,
+        training_flops=training_flops,
         inference_tokens=0.0
         if args.inference_tokens in (None, "0")
         else read(parse_count, "--inference-tokens"),
@@ -201,6 +246,7 @@ def _limits(args: argparse.Namespace) -> tuple[list[str], Limits]:
         serving=serving,
         training_recipe=args.training_recipe,
     )
+    return notes, limits, hardware
 
 
 def _law(args: argparse.Namespace) -> PlanningLaw:

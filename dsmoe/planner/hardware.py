@@ -89,7 +89,10 @@ def parse_gpu(text: str, flag: str = "--gpu") -> Hardware:
         known = [*ACCELERATORS, *ALIASES]
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.3)
         hint = f"the nearest known name is {near[0]!r}" if near else f"known are {', '.join(ACCELERATORS)}"
-        raise UserError(f"{flag} {text!r}: no accelerator {matched[2]!r} is known; {hint}; or give --memory")
+        raise UserError(
+            f"{flag} {text!r}: no accelerator {matched[2]!r} is known; {hint}; or give --memory (a "
+            "count stands after the name: h100:8)"
+        )
     count = int(matched[1] or matched[3] or 1)
     if count < 1:
         raise UserError(f"{flag} {text!r}: the count must be at least 1")

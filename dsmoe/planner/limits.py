@@ -13,7 +13,8 @@ class Limits:
     """Limits of a plan; None: there is none.
 
     Training costs 6 operations per trained parameter and token, inference 2 per active parameter and token; with
-    `flops` they share one budget, so inference_tokens = 0 is plain training.
+    `flops` they share one budget, so inference_tokens = 0 is plain training. `training_flops` is a budget of training
+    alone.
 
     Args:
         flops: floating-point operations for training and inference together.
@@ -25,6 +26,7 @@ class Limits:
         total_params: exact wanted total; the nearest shape is taken.
         serving: KV cache and precisions.
         training_recipe: what is kept per parameter in training.
+        training_flops: floating-point operations for training.
     """
 
     flops: float | None = None
@@ -36,17 +38,19 @@ class Limits:
     total_params: float | None = None
     serving: Serving = field(default_factory=Serving)
     training_recipe: str = "autocast"
+    training_flops: float | None = None
 
     def check(self) -> None:
         """Raise UserError unless both the size and the tokens are bounded."""
-        sizes = (self.flops, self.memory_bytes, self.training_memory_bytes, self.total_params)
-        tokens = (self.flops, self.max_tokens, self.max_tokens_per_param)
+        operations = (self.flops, self.training_flops)
+        sizes = (*operations, self.memory_bytes, self.training_memory_bytes, self.total_params)
+        tokens = (*operations, self.max_tokens, self.max_tokens_per_param)
         if all(value is None for value in (*sizes, *tokens)):
             raise UserError("no limit is given: pass at least --flops, or --memory with --max-tokens")
         if all(value is None for value in tokens):
             raise UserError(
-                "nothing bounds the training tokens, and more of them are always better: pass --flops, --max-tokens or "
-                "--max-tokens-per-param as well"
+                "nothing bounds the training tokens, and more of them are always better: pass --flops, --days with --gpu "
+                "(such as --gpu h100:8 --days 3), --max-tokens or --max-tokens-per-param as well"
             )
         if all(value is None for value in sizes):
             raise UserError(
@@ -55,7 +59,7 @@ class Limits:
             )
 
     def flops_tokens(self, family: Family, hidden_size: float) -> float:
-        """Training tokens that the operations allow at that size; not positive if inference alone exceeds them."""
+        """Training tokens that `flops` allows at that size; not positive if inference alone exceeds it."""
         if self.flops is None:
             return math.inf
         left = self.flops - 2 * family.num_params_active(hidden_size) * self.inference_tokens
@@ -66,6 +70,9 @@ class Limits:
         trained = family.num_params_trained(hidden_size)
         bounds = {
             "flops": self.flops_tokens(family, hidden_size),
+            "training_flops": math.inf
+            if self.training_flops is None
+            else self.training_flops / (6 * trained),
             "tokens": math.inf if self.max_tokens is None else self.max_tokens,
             "tokens_per_param": math.inf
             if self.max_tokens_per_param is None
@@ -90,6 +97,10 @@ class Limits:
                     6 * family.num_params_trained(d) + 2 * family.num_params_active(d) * self.inference_tokens
                 ),
                 self.flops,
+            )
+        if self.training_flops is not None:
+            bounds["training_flops"] = largest(
+                lambda d: 6 * family.num_params_trained(d), self.training_flops
             )
         if not bounds:
             return math.inf, ""

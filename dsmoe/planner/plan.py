@@ -86,7 +86,7 @@ def candidate_families(
 
     Args:
         law: leaves out the numbers of experts that it has no entry for, unless they are asked for by name.
-        num_experts: of SMoE and DS-MoE; None: 2 to 32 for SMoE, 32 for DS-MoE.
+        num_experts: of SMoE and DS-MoE, those above 1; None: 2 to 32 for SMoE, 32 for DS-MoE.
         active_share: mean share of MLP experts that a DS-MoE runs.
         vocab_size: entries of each embedding table.
         kinds: which kinds to consider.
@@ -97,18 +97,21 @@ def candidate_families(
     known = law.known_experts
     if num_experts is None:
         smoe: Sequence[int] = [count for count in SMOE_EXPERTS if known is None or count in known]
-    else:
-        smoe = [count for count in num_experts if count > 1]
+        dsmoe: Sequence[int] = (DSMOE_EXPERTS,)
+    else:  # with one expert either is the dense model, which stands there by itself
+        smoe = dsmoe = [count for count in num_experts if count > 1]
     made = [Family("dense", vocab_size=vocab_size)] if "dense" in kinds else []
     if "smoe" in kinds:
         for count in smoe:
             law.fit.law.at(count)
             made.append(Family("smoe", count, vocab_size=vocab_size))
     if "dsmoe" in kinds:
-        counts = num_experts or (DSMOE_EXPERTS,)
-        made += [Family("dsmoe", count, active_share, vocab_size) for count in counts]
+        made += [Family("dsmoe", count, active_share, vocab_size) for count in dsmoe]
     if not made:
-        raise UserError(f"no candidate is left of kinds {', '.join(kinds)} with experts {num_experts}")
+        raise UserError(
+            f"no candidate is left of kinds {', '.join(kinds)} with experts {num_experts}; both smoe and dsmoe need at "
+            "least 2"
+        )
     return made
 
 
@@ -235,5 +238,6 @@ def _notes(limits: Limits, law: PlanningLaw, rows: Sequence[Row]) -> list[str]:
     if limits.inference_tokens and limits.flops is None:
         notes.append(
             "inference tokens are reported as operations only: without --flops they share no budget with training"
+            + (", and --days is for training alone" if limits.training_flops else "")
         )
     return notes

@@ -122,6 +122,7 @@ def plot_plan(plan: Plan, path: str | Path) -> None:
     axes.set_ylim(low, min(high, max(row.real.loss for row in plan.rows) + 0.35))
     axes.set_ylabel("loss (nats per token)")
     budget = f", {limits.flops:.3g} FLOPs" if limits.flops else ""
+    budget += f", {limits.training_flops:.3g} FLOPs of training" if limits.training_flops else ""
     axes.set_title(f"Loss against memory{budget} (law: {plan.law.name})", fontsize=10)
     axes.legend(fontsize=8)
     save_figure(figure, path)

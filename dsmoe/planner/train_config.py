@@ -51,7 +51,9 @@ def training_config(row: Row, context_length: int = 0) -> dict[str, Any]:
     if ROUTER_LOSS[kind]:
         config["router_loss"] = dict(ROUTER_LOSS[kind])
     if kind == "dsmoe" and fields["num_experts"] > 1:
-        config["mask_phase"] = {"fraction": 0.2, "target_active": round(row.family.active_share, 4)}
+        # rounding must not take it below one expert, which the trainer refuses
+        target = max(round(row.family.active_share, 4), 1 / fields["num_experts"])
+        config["mask_phase"] = {"fraction": 0.2, "target_active": target}
     sequences = fields["batch_tokens"] // SEQUENCE_LENGTH
     config["train"] = {
         "output_dir": f"runs/{config['name']}",
@@ -63,8 +65,8 @@ def training_config(row: Row, context_length: int = 0) -> dict[str, Any]:
     return config
 
 
-def write_config(plan: Plan, rank: int, path: str | Path) -> None:
-    """Write the configuration of the row of that rank (1: the best) as YAML, atomically."""
+def config_text(plan: Plan, rank: int) -> str:
+    """The configuration of the row of that rank (1: the best) as YAML, with comments."""
     row = plan.rows[rank - 1]
     fields = row.fields
     marks = [
@@ -77,4 +79,9 @@ def write_config(plan: Plan, rank: int, path: str | Path) -> None:
         *(f"# NOTE: {note}." for note in fields["recipe_notes"]),
     ]
     body = yaml.safe_dump(training_config(row, plan.limits.serving.context_length), sort_keys=False)
-    write_text(path, "\n".join(header) + "\n" + body)
+    return "\n".join(header) + "\n" + body
+
+
+def write_config(plan: Plan, rank: int, path: str | Path) -> None:
+    """Write `config_text`, atomically."""
+    write_text(path, config_text(plan, rank))

@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from dsmoe.checkpoint.pretrained import DTYPES
 from dsmoe.config.routing import POLICY_NAMES
 from dsmoe.sparsify.families import ALLOCATED, GLOBAL, SCORES
 
@@ -36,6 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("checkpoint", type=Path, help="model folder, or folder of a finished run")
     parser.add_argument("--output", type=Path, required=True, help="folder to write")
     parser.add_argument("--overwrite", action="store_true", help="replace a folder that is not empty")
+    parser.add_argument(
+        "--dtype", choices=tuple(DTYPES),
+        help="of the weights that are written (default: the checkpoint's); losses and counts are always measured in "
+        "float32, before they are rounded to it",
+    )  # fmt: skip
     parser.add_argument("--json", action="store_true", help="print the report as JSON")
     _add_goal(parser.add_argument_group("what is wanted (one of these, or --policy)"))
     _add_calibration(parser.add_argument_group("how it is found"))
@@ -50,10 +56,10 @@ def _add_goal(group: Any) -> None:
         "of perplexity (0.5%%); the increase measured on the calibration text plus one standard error stays within it",
     )  # fmt: skip
     group.add_argument(
-        "--target-active", type=float, metavar="SHARE",
-        help="the least loss at this share of active experts: mean over tokens and layers of kept experts / all "
-        "experts; attention experts count with their parameters (with --policy: of the MLP experts, and of attention "
-        "experts that follow them, by one global threshold each)",
+        "--target-active", type=share, metavar="SHARE",
+        help="the least loss at this share of active experts (0.33 or 33%%): mean over tokens and layers of kept experts "
+        "/ all experts; attention experts count with their parameters (with --policy: of the MLP experts, and of "
+        "attention experts that follow them, by one global threshold each)",
     )  # fmt: skip
     group.add_argument(
         "--max-flops-per-token", type=float, metavar="X",
@@ -131,6 +137,21 @@ def increase(text: str) -> float:
             f"{text!r}: give nats per token (0.005) or a percentage of perplexity (0.5%)"
         )
     return nats
+
+
+def share(text: str) -> float:
+    """A share of experts above 0 and at most 1, from "0.33" or "33%".
+
+    Raises:
+        ArgumentTypeError: anything else.
+    """
+    try:
+        value = float(text.removesuffix("%")) / (100 if text.endswith("%") else 1)
+    except ValueError:
+        value = math.nan
+    if not 0 < value <= 1:
+        raise argparse.ArgumentTypeError(f"{text!r}: give a share above 0 and at most 1 (0.33 or 33%)")
+    return value
 
 
 def _list_of(kind: type) -> Any:

@@ -13,12 +13,12 @@ from torch import Tensor
 from transformers import AutoTokenizer
 
 from dsmoe.allocator import keep_freed_memory
-from dsmoe.checkpoint.pretrained import load_pretrained
+from dsmoe.checkpoint.pretrained import load_pretrained, stored_dtype
 from dsmoe.data.agreement import check_tokenizer
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.data.windows import evaluation_batches, text_batches
 from dsmoe.environment import default_device
-from dsmoe.errors import UserError
+from dsmoe.errors import UserError, reason_of
 from dsmoe.files import check_new_folder
 from dsmoe.model import DSMoEForCausalLM, set_routing
 from dsmoe.sparsify.arguments import EPILOG, SEQUENCE_LENGTH, add_arguments
@@ -57,7 +57,7 @@ def run(args: argparse.Namespace) -> None:
         else calibrated(args, model, _sample(args, model, folder))
     )
     found = without_infinities(found)
-    write_sparse(model, found, args.output, folder, args.overwrite)
+    write_sparse(model, found, args.output, folder, args.overwrite, args.dtype or stored_dtype(folder))
     print(json.dumps(found, indent=2) if args.json else human_report(found))
     if not args.json:
         print(f"written to {args.output}")
@@ -154,6 +154,7 @@ def _followed(policy: str) -> str:
 
 def _by_hand(args: argparse.Namespace, model: DSMoEForCausalLM, folder: Path) -> dict[str, Any]:
     """Set the policies that were named; the report."""
+    _check_smoe(args, model)
     batches = _batches(args, folder, model)
     calibrate = None if batches is None else (lambda: measure(model, batches, progress="measuring"))
     requests = {
@@ -177,6 +178,18 @@ def _by_hand(args: argparse.Namespace, model: DSMoEForCausalLM, folder: Path) ->
         active = calibrate()
     report = sparsity_report(model, active, args.sequence_length)
     return report if removed is None else {**report, "removed_experts": removed}
+
+
+def _check_smoe(args: argparse.Namespace, model: DSMoEForCausalLM) -> None:
+    """Refuse an SMoE that keeps all its experts by policy "dense": no such checkpoint can be loaded."""
+    in_mlp = model.config.num_experts > 1
+    chosen = args.policy if in_mlp else args.attention_policy or _followed(args.policy)
+    if model.config.kind == "smoe" and chosen == "dense":
+        option, part = ("--", "mlp") if in_mlp else ("--attention-", "attention")
+        raise UserError(
+            f"{option}policy dense: an SMoE runs sparsely; for all its experts pass {option}policy top_k "
+            f"{option}k {model.config.num_experts_of(part)}"
+        )
 
 
 def _counts_are_fixed(model: DSMoEForCausalLM) -> bool:
@@ -217,9 +230,8 @@ def _tokenizer(folder: Path) -> Any:
         return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     # transformers and tokenizers raise many kinds for files that are missing or damaged
     except Exception as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise UserError(
-            f"{folder}: the checkpoint's tokenizer can't be read ({reason}); --data TOKEN_FOLDER needs none"
+            f"{folder}: the checkpoint's tokenizer can't be read ({reason_of(error)}); --data TOKEN_FOLDER needs none"
         ) from None
 
 

@@ -2,6 +2,8 @@
 
 import argparse
 import dataclasses
+import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -10,17 +12,23 @@ import torch
 import yaml
 
 from dsmoe.checkpoint.pretrained import load_pretrained, model_folder
+from dsmoe.config import DSMoEConfig
 from dsmoe.config.run import RunConfig
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.environment import default_device
 from dsmoe.errors import UserError
-from dsmoe.files import read_json, write_text
+from dsmoe.files import check_new_folder, read_json, write_text
 from dsmoe.model import set_routing
-from dsmoe.sparsify.calibration import sample_corpus
+from dsmoe.sparsify.calibration import CalibrationText, sample_corpus
 from dsmoe.sparsify.measure import measure
-from dsmoe.sparsify.write import human_report, sparsity_report, write_sparse
+from dsmoe.sparsify.write import REPORT, human_report, sparsity_report, write_sparse
 from dsmoe.trainer import main as train
 from dsmoe.trainer.differences import with_defaults
+from dsmoe.trainer.mask_phase import make_controller
+
+# what a run has in its folder, beside which the polished policies appear under the names of their folders
+_OF_THE_RUN = ("checkpoints", "config.json", "config.yaml", "environment.json", "final", "log.jsonl", "run.lock",
+               "summary.json")  # fmt: skip
 
 EPILOG = """examples:
   dsmoe sparsify runs/dsmoe --target-active 0.15 --data data/mine --output runs/sparse15
@@ -59,26 +67,26 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> None:
     """Polish; raises UserError on bad input, before anything is written."""
-    names = [folder.name for folder in args.policies]
-    if len(set(names)) < len(names):
-        raise UserError(f"--policies: two folders are called {max(names, key=names.count)!r}; rename one")
     config = polish_config(args)
-    args.output.mkdir(parents=True, exist_ok=True)
-    settings = args.output / "polish.yaml"
-    write_text(settings, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
-    status = train(["--config", str(settings)])
+    places = _places(args, config)
+    text = _measured_text(args, config)
+    with tempfile.TemporaryDirectory() as name:
+        # outside of the output, which the trainer may refuse; there it writes them itself, as config.yaml
+        settings = Path(name) / "polish.yaml"
+        write_text(settings, yaml.safe_dump(dataclasses.asdict(config), sort_keys=False))
+        status = train(["--config", str(settings)])
     if status:
         raise SystemExit(status)
-    for folder in args.policies:
-        report = _write(args, config, folder)
-        print(f"{args.output / folder.name}\n{human_report(report)}")
+    for folder, place in zip(args.policies, places):
+        report = _write(args, config, folder, text, place)
+        print(f"{place}\n{human_report(report)}")
 
 
 def polish_config(args: argparse.Namespace) -> RunConfig:
     """The training run that polishes.
 
     Raises:
-        UserError: no finished run, or one of another kind.
+        UserError: no finished run or one of another kind, policies that don't fit it, or options out of range.
     """
     path = args.trained / "summary.json"
     if not path.is_file():
@@ -95,15 +103,13 @@ def polish_config(args: argparse.Namespace) -> RunConfig:
         raise UserError(
             f"{args.trained}: a {summary['kind']} run; only a DS-MoE has an all-experts mode to learn from"
         )
-    for folder in args.policies:
-        model_folder(folder)
     optim, train = config.optim, config.train
     trained = config.total_steps
-    optim.learning_rate = args.learning_rate or optim.learning_rate * optim.min_lr_ratio
+    optim.learning_rate = _learning_rate(args, config)
     optim.schedule, optim.min_lr_ratio, optim.warmup_fraction = "cosine", 1.0, 0.02
     config.name = f"{config.name}-polish"
     config.mask_phase.fraction, config.mask_phase.targets = 1.0, []
-    config.mask_phase.policies = [str(folder) for folder in args.policies]
+    config.mask_phase.policies = [str(model_folder(folder)) for folder in args.policies]
     config.distillation.coef, config.distillation.teacher = args.distill, args.teacher
     config.data.path = args.data or config.data.path
     config.data.first_sample = config.data.first_sample + trained * train.global_batch_size
@@ -112,24 +118,92 @@ def polish_config(args: argparse.Namespace) -> RunConfig:
     train.resume, train.overwrite = not args.overwrite, args.overwrite
     train.num_processes = None
     config.check()
+    _check_models(args, config)
     return config
 
 
-def _write(args: argparse.Namespace, config: RunConfig, policies: Path) -> dict[str, Any]:
+def _learning_rate(args: argparse.Namespace, config: RunConfig) -> float:
+    given = args.learning_rate
+    if given is not None and not 0 < given < math.inf:
+        raise UserError(f"--learning-rate {given:g}: must be a number above 0")
+    ended_with = config.optim.learning_rate * config.optim.min_lr_ratio
+    if given is None and not ended_with:
+        raise UserError(f"{args.trained}: the run ended with a learning rate of 0; pass --learning-rate")
+    return ended_with if given is None else given
+
+
+def _check_models(args: argparse.Namespace, config: RunConfig) -> None:
+    """Refuse policies that the run's model can't have, before it is trained."""
+    model = DSMoEConfig.from_pretrained(model_folder(args.trained))
+    make_controller(config.mask_phase, model)
+    if args.teacher:
+        model_folder(args.teacher)
+    for folder in args.policies:
+        other = DSMoEConfig.from_pretrained(model_folder(folder))
+        for part in ("mlp", "attention"):
+            layers = range(model.num_hidden_layers)
+            if any(model.kept_experts(part, layer) != other.kept_experts(part, layer) for layer in layers):
+                # training would choose among all of them, and the result store all of them
+                raise UserError(
+                    f"--policies {folder}: experts were removed from it that {args.trained} has, and polishing would "
+                    "bring them back; run `dsmoe sparsify` without --remove-unused"
+                )
+
+
+def _places(args: argparse.Namespace, config: RunConfig) -> list[Path]:
+    """The folders to write, one for each policy: named as the policy's, whichever way that was written.
+
+    Raises:
+        UserError: two of one name, a name that the run itself uses, or a folder that is read.
+    """
+    # of . and .. the name is the folder's own
+    names = [(folder.resolve() if folder.name in ("", "..") else folder).name for folder in args.policies]
+    for folder, name in zip(args.policies, names):
+        if not name or name in _OF_THE_RUN:
+            raise UserError(
+                f"--policies {folder}: the result would be written to {args.output / name}, which the run itself uses; "
+                "rename the folder"
+            )
+        if names.count(name) > 1:
+            raise UserError(f"--policies: two folders are called {name!r}; rename one")
+    places = [args.output / name for name in names]
+    inputs = [args.trained, args.trained / "final", *args.policies, Path(config.data.path)]
+    inputs += [Path(args.teacher)] if args.teacher else []
+    for place in (*places, args.output / "final", args.output / "checkpoints"):
+        check_new_folder(place, overwrite=True, inputs=inputs)
+    for place in places:
+        earlier = read_json(place / REPORT) if (place / REPORT).is_file() else {}
+        # the same command goes on where it was cut off, and writes again what it has written
+        check_new_folder(place, overwrite=args.overwrite or "polished" in earlier)
+    return places
+
+
+def _measured_text(args: argparse.Namespace, config: RunConfig) -> CalibrationText:
+    """The text that the reports are measured on; raises UserError where there is none."""
+    if args.measure_tokens < 1:
+        raise UserError(f"--measure-tokens {args.measure_tokens}: must be at least 1")
+    corpus = TokenCorpus(config.data.path)
+    if corpus.vocab_size > config.model.vocab_size:
+        raise UserError(
+            f"{config.data.path}: {corpus.vocab_size} vocabulary entries, the model has {config.model.vocab_size}"
+        )
+    return sample_corpus(corpus, "validation", args.measure_tokens, config.data.sequence_length, 16, 0)
+
+
+def _write(
+    args: argparse.Namespace, config: RunConfig, policies: Path, text: CalibrationText, place: Path
+) -> dict[str, Any]:
     """The polished weights with one folder's policies, measured anew."""
     model, folder = load_pretrained(args.output / "final", torch.float32)
     model = model.to(default_device())  # type: ignore[arg-type]
-    source, _ = load_pretrained(policies, torch.float32)
+    source = DSMoEConfig.from_pretrained(model_folder(policies))
     for part in ("mlp", "attention"):
-        set_routing(model, part, getattr(source.config, f"{part}_routing"))
-    text = sample_corpus(
-        TokenCorpus(config.data.path), "validation", args.measure_tokens, config.data.sequence_length, 16, 0
-    )
+        set_routing(model, part, getattr(source, f"{part}_routing"))
     report = sparsity_report(
         model, measure(model, text.batches, progress="measuring"), config.data.sequence_length
     )
     report["polished"] = {"run": args.trained.name, "tokens": args.tokens, "distill": args.distill}
-    write_sparse(model, report, args.output / policies.name, folder, overwrite=True)
+    write_sparse(model, report, place, folder, overwrite=True)
     return report
 
 

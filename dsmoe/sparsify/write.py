@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.accounting import count_parameters, inference_flops_per_token
-from dsmoe.checkpoint.pretrained import write_pretrained
+from dsmoe.checkpoint.pretrained import DTYPES, write_pretrained
 from dsmoe.environment import versions
 from dsmoe.files import new_folder, write_json
 from dsmoe.model import DSMoEForCausalLM
@@ -79,10 +79,24 @@ def write_sparse(
     output: Path,
     tokenizer_dir: Path,
     overwrite: bool = False,
+    dtype: str = "float32",
 ) -> None:
-    """Write the checkpoint and its report as one folder that appears whole."""
+    """Write the checkpoint and its report as one folder that appears whole.
+
+    Args:
+        model: with its policies set; its weights are cast to `dtype` in place.
+        report: of `sparsity_report`.
+        output: folder to write.
+        tokenizer_dir: folder whose tokenizer files go along.
+        overwrite: replace a folder that is not empty.
+        dtype: of the weights that are written, one of DTYPES.
+
+    Raises:
+        UserError: the folder is not empty and `overwrite` is false.
+    """
     with new_folder(output, overwrite=overwrite) as beside:
-        write_pretrained(model, beside, tokenizer_dir)
+        # the model has no buffers that a cast would spoil
+        write_pretrained(model.to(DTYPES[dtype]), beside, tokenizer_dir)  # type: ignore[arg-type]
         write_json(beside / REPORT, report)
 
 

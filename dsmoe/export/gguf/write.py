@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from dsmoe import __version__
-from dsmoe.checkpoint.pretrained import load_pretrained
+from dsmoe.checkpoint.pretrained import load_pretrained, stored_dtype
 from dsmoe.errors import UserError
 from dsmoe.export.check import (
     EXACT,
@@ -29,7 +29,7 @@ from dsmoe.export.gguf.tensors import add_hyper_parameters, add_tensors, round_a
 from dsmoe.export.gguf.tokenizer import Vocabulary, add_vocabulary, read_vocabulary
 from dsmoe.export.requirements import uniform_top_k
 from dsmoe.export.targets import is_exact, target_model
-from dsmoe.files import read_json, sha256
+from dsmoe.files import sha256
 
 SUFFIX = ".gguf"
 
@@ -70,8 +70,7 @@ def export_gguf(
     architecture = gguf_architecture(model.config)
     vocabulary = read_vocabulary(source, model.config) if tokenizer else None
     if dtype is None:
-        own = read_json(source / "config.json").get("dtype")
-        dtype = own if own in GGUF_DTYPES else "float32"
+        dtype = stored_dtype(source)
     beside = output.with_name(f".{output.stem}.{uuid.uuid4().hex[:8]}.tmp{SUFFIX}")
     output.parent.mkdir(parents=True, exist_ok=True)
     try:

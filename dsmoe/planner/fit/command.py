@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.errors import UserError
-from dsmoe.files import write_json
+from dsmoe.figures import check_figure
+from dsmoe.files import check_new_file, write_json
 from dsmoe.planner.fit.bootstrap import METHODS
 from dsmoe.planner.fit.fitting import HOLD_OUT_BY, WEIGHTINGS, Settings, fit_law
 from dsmoe.planner.fit.folders import read_folder, read_study
@@ -100,7 +101,8 @@ def read_sources(
         skip_empty: as in `read_table`.
 
     Raises:
-        UserError: a source that is missing or can't be read, or losses of different texts.
+        UserError: a source that is missing or can't be read, no run that started from scratch, or losses of
+            different texts.
     """
     fields = dict(_pair(text, "--map", "FIELD=COLUMN") for text in mapping)
     rows = {
@@ -122,6 +124,10 @@ def read_sources(
             )
         runs.extend(found)
         notes.extend(note for note in said if note not in notes)
+    if not runs:
+        raise UserError(
+            "; ".join(notes) + "; the law is one of training from scratch, and no such run is left"
+        )
     check_one_text(runs)
     return runs, notes
 
@@ -142,6 +148,12 @@ def run(args: argparse.Namespace) -> None:
                         method=args.bootstrap_method, weighting=args.weighting, hold_out=args.hold_out_largest,
                         hold_out_by=args.hold_out_by)  # fmt: skip
     settings.check()
+    for option in ("plot", "output", "json"):
+        path = getattr(args, option)
+        if path and path != "-":
+            check_new_file(path, f"--{option}")
+    if args.plot:
+        check_figure(args.plot, "--plot")
     runs, notes = read_sources(args.sources, args.map, args.where, args.last_of, args.skip_empty)
     fit = fit_law(runs, settings)
     content = as_json(fit, args.decide_flops)

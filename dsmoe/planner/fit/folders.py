@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -18,11 +18,13 @@ SUMMARY, LOG = "summary.json", "log.jsonl"
 def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
     """Read every finished run in a folder: its own summary.json, or those at any depth below.
 
-    The loss is the sparse one where it was measured. Active parameters of a DS-MoE follow from the mean active experts of
-    its summary, or in older runs from those that its log holds last.
+    Runs that started from another model (`train.init_from`; polished ones do) are left out: the law is one of training
+    from scratch, and their tokens are not all that their model has seen. The loss is the sparse one where it was
+    measured. Active parameters of a DS-MoE follow from the mean active experts of its summary, or in older runs from
+    those that its log holds last.
 
     Returns:
-        The runs in the order of their paths, and notes on what was assumed.
+        The runs in the order of their paths (none, if all were left out), and notes on what was assumed and left out.
 
     Raises:
         UserError: no finished run, or a summary that lacks what is needed.
@@ -33,12 +35,16 @@ def read_folder(folder: Path) -> tuple[list[Run], list[str]]:
         raise UserError(
             f"{folder}: no {SUMMARY} in it or below; give folders of finished runs, or a CSV file"
         )
-    runs, notes = [], set()
+    runs, notes, continued = [], set(), []
     for path in paths:
-        run, assumed = _run_of(read_json(path), path, path.with_name(LOG))
+        summary = read_json(path)
+        if _started_from(summary):
+            continued.append(str(path.parent))
+            continue
+        run, assumed = _run_of(summary, path, path.with_name(LOG))
         runs.append(run)
         notes.update(assumed)
-    return runs, sorted(notes)
+    return runs, [*sorted(notes), *_left_out(continued, folder)]
 
 
 def read_study(path: Path) -> tuple[list[Run], list[str]]:
@@ -54,13 +60,35 @@ def read_study(path: Path) -> tuple[list[Run], list[str]]:
     rows = found.get("runs") if isinstance(found, Mapping) else None
     if not isinstance(rows, list) or not rows:
         raise UserError(f"{path}: no entry 'runs'; it must be the results.json of a study (train/study.py)")
-    runs, notes = [], set()
+    runs, notes, continued = [], set(), []
     for row in rows:
+        if _started_from(row):
+            continued.append(_name(row, path))
+            continue
         model = _entry(row, "model", path, "runs[].")
         run, assumed = _run_of({**row, "config": {"model": model}}, path, None)
         runs.append(run)
         notes.update(assumed)
-    return runs, sorted(notes)
+    return runs, [*sorted(notes), *_left_out(continued, path)]
+
+
+def _started_from(summary: Any) -> Any:
+    """The model that a run started from, by its summary or its row of a study; nothing: it was trained from scratch."""
+    if not isinstance(summary, Mapping):
+        return None
+    config, settings = summary.get("config"), summary.get("settings")
+    train = config.get("train") if isinstance(config, Mapping) else None
+    in_config = train.get("init_from") if isinstance(train, Mapping) else None
+    return in_config or (settings.get("train.init_from") if isinstance(settings, Mapping) else None)
+
+
+def _left_out(continued: Sequence[str], source: Path) -> list[str]:
+    if not continued:
+        return []
+    return [
+        f"{source}: left out, as they started from another model (train.init_from): {len(continued)} "
+        f"{'run' if len(continued) == 1 else 'runs'}, the first {continued[0]}"
+    ]
 
 
 def _run_of(summary: Any, path: Path, log: Path | None) -> tuple[Run, list[str]]:
