@@ -112,4 +112,8 @@ def test_an_output_that_cannot_be_made(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["plan", "--flops", "1e18", "--json", str(tmp_path / "file" / "x.json")]) == 2
     (line,) = capsys.readouterr().err.splitlines()
-    assert line == f"error: {tmp_path / 'file'}: File exists"
+    place = tmp_path / "file"
+    assert (
+        line
+        == f"error: --json {place / 'x.json'}: {place} is no folder that can be written to; name another place"
+    )
