@@ -341,3 +341,14 @@ def test_fingerprint(tmp_path):
     assert fingerprint(tmp_path) == before
     (tmp_path / "config.json").write_text("{ }", encoding="utf-8")
     assert fingerprint(tmp_path) != before
+
+
+def test_a_longer_context_than_that_of_training_is_told(place, tmp_path, capsys):
+    """The folder of a run says what it was trained on."""
+    shutil.copytree(place / "twin", tmp_path / "run" / "final")
+    (tmp_path / "run" / "summary.json").write_text(json.dumps({"config": {"data": {"sequence_length": 16}}}))
+    for length, told in ((32, True), (16, False)):
+        words = ["--tasks", "none", "--data", place / "corpus", "--sequence-length", length]
+        output = tmp_path / f"{length}.json"
+        assert score.main([*map(str, ["--model", tmp_path / "run", *words, "--output", output])]) == 0
+        assert ("trained on sequences of 16 tokens and judged on 32" in capsys.readouterr().err) == told

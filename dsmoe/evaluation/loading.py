@@ -13,6 +13,7 @@ from dsmoe.checkpoint.pretrained import check_weights, final_of_run
 from dsmoe.environment import default_device
 from dsmoe.errors import UserError, reason_of
 from dsmoe.evaluation.quiet import quiet_loading
+from dsmoe.files import read_json
 
 DTYPES = ("float32", "bfloat16", "float16", "auto")
 
@@ -47,6 +48,15 @@ def model_path(path: str) -> str:
     if path.startswith((".", "/", "~")) or path.count("/") > 1:
         raise UserError(f"{path}: no such folder")
     return path
+
+
+def trained_length(path: str) -> int | None:
+    """Tokens of a sequence that a model was trained on, where its folder is that of a run or `final/` of one; or None."""
+    summary = final_of_run(Path(path)).parent / "summary.json"
+    if not summary.is_file():
+        return None
+    found = read_json(summary).get("config", {}).get("data", {}).get("sequence_length")
+    return found if isinstance(found, int) else None
 
 
 def load_model(

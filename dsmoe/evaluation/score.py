@@ -238,6 +238,7 @@ def _validation(name: str, loaded: Any, args: argparse.Namespace) -> Row:
     from dsmoe.data.agreement import same_tokenizer
     from dsmoe.data.corpus import TokenCorpus
     from dsmoe.data.windows import evaluation_batches, shown_bytes_per_token
+    from dsmoe.evaluation.loading import trained_length
     from dsmoe.evaluation.perplexity import validation_loss
 
     corpus = TokenCorpus(args.data)
@@ -251,6 +252,13 @@ def _validation(name: str, loaded: Any, args: argparse.Namespace) -> Row:
     length = min(args.sequence_length, longest)
     if length < args.sequence_length:
         print(f"{name}: validation loss in its longest context, {length} tokens", file=sys.stderr)
+    trained = trained_length(loaded.path)
+    if trained is not None and trained < length:
+        print(
+            f"{name}: trained on sequences of {trained} tokens and judged on {length}; --sequence-length {trained} "
+            "judges it as it was trained",
+            file=sys.stderr,
+        )
     batches = evaluation_batches(
         corpus,
         split="validation",
