@@ -5,6 +5,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -25,6 +26,8 @@ from dsmoe.checkpoint.pretrained import load_pretrained, save_pretrained
 from dsmoe.cli import main
 from dsmoe.convert import assign_units
 from dsmoe.convert.assignment import balanced_choice
+from dsmoe.errors import UserError
+from dsmoe.export.gguf.forms import gguf_architecture
 
 SIZES = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4,
@@ -41,7 +44,7 @@ STOCK = {
 def stock_model(folder, name="llama", **changes):
     config_class, model_class, fields = STOCK[name]
     torch.manual_seed(0)
-    model = model_class(config_class(**SIZES, rope_parameters=THETA, **{**fields, **changes})).eval()
+    model = model_class(config_class(**{**SIZES, "rope_parameters": THETA, **fields, **changes})).eval()
     for parameter in model.parameters():
         parameter.data.normal_(0, 0.3)
     model.save_pretrained(folder)
@@ -121,6 +124,70 @@ def test_the_dtype_of_the_checkpoint_stays(tmp_path):
     assert model.dtype == torch.bfloat16
     gate = model.model.layers[1].mlp.experts.gate_up_proj[:, :8].flatten(0, 1)
     assert torch.equal(gate, stock.model.layers[1].mlp.gate_proj.weight)
+
+
+@pytest.mark.parametrize(
+    ("name", "gates", "formats", "said"),
+    [
+        ("llama", "softmax", ["qwen2moe", "gguf"], "can be exported to qwen2moe and gguf"),
+        ("llama", "renormalized", ["qwen2moe"], "can be exported to qwen2moe; not to gguf: "),
+        ("llama", "l2", [], "with --gate-normalization softmax they can, to qwen2moe and gguf"),
+        ("qwen3", "l2", [], "model.qk_norm is 'per_head'"),
+        ("qwen3", "softmax", [], "model.qk_norm is 'per_head'"),
+    ],
+)
+def test_what_it_can_be_exported_to_is_said(tmp_path, capsys, name, gates, formats, said):
+    # heads of hidden_size / num_attention_heads, as the formats need them
+    stock_model(tmp_path / "stock", name, head_dim=6)
+    words = (
+        tmp_path / "stock",
+        "--num-experts",
+        8,
+        "--gate-normalization",
+        gates,
+        "--output",
+        tmp_path / "out",
+    )
+    assert split(*words) == 0
+    assert said in capsys.readouterr().out.splitlines()[-1]
+    assert split(*words, "--overwrite", "--json") == 0
+    assert json.loads(capsys.readouterr().out)["export_formats"] == formats
+    # and it is so
+    assert (
+        main(
+            [
+                "sparsify",
+                str(tmp_path / "out"),
+                "--policy",
+                "top_k",
+                "--k",
+                "3",
+                "--output",
+                str(tmp_path / "sparse"),
+            ]
+        )
+        == 0
+    )
+    for target in ("olmoe", "qwen2moe"):
+        status = main(
+            ["export", str(tmp_path / "sparse"), "--format", target, "--output", str(tmp_path / target)]
+        )
+        assert status == (0 if target in formats else 2)
+    config = load_pretrained(tmp_path / "sparse", torch.float32)[0].config
+    with nullcontext() if "gguf" in formats else pytest.raises(UserError):
+        gguf_architecture(config)
+
+
+@pytest.mark.parametrize(("window", "status"), [(64, 0), (63, 2)])
+def test_a_sliding_window_of_the_whole_context_is_none(tmp_path, capsys, window, status):
+    stock = stock_model(tmp_path / "stock", "mistral", sliding_window=window)
+    assert split(tmp_path / "stock", "--num-experts", 8, "--output", tmp_path / "out") == status
+    if status:
+        assert "sliding_window is 63" in capsys.readouterr().err
+        return
+    ids = torch.randint(61, (1, 64), generator=torch.Generator().manual_seed(3))
+    model, _ = load_pretrained(tmp_path / "out", torch.float32)
+    torch.testing.assert_close(model(ids).logits, stock(ids).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_an_smoe_trains_with_its_k_experts(tmp_path, capsys):

@@ -8,6 +8,7 @@ from typing import Any
 from dsmoe.checkpoint.pretrained import save_pretrained
 from dsmoe.config.model import GATE_NORMALIZATIONS
 from dsmoe.convert.assignment import ASSIGNMENTS
+from dsmoe.convert.outlook import export_formats, outlook
 from dsmoe.convert.split import split_dense
 from dsmoe.convert.stock import load_dense
 from dsmoe.errors import UserError
@@ -17,6 +18,12 @@ from dsmoe.files import check_new_folder
 EPILOG = """What comes out is the start of a training with the MI loss, not yet a model to sparsify: its routers are zero
 and sharpen slowly. A coefficient that is enough from scratch (1e-3 to 3e-3) leaves them even; 3e-2 was the best of four
 in our trial (eval/records/quality-from-dense).
+
+Of transformers' models those are taken that have no RoPE scaling (so not Llama 3.1 and later), no biases, and no sliding
+window shorter than the longest context. Stock formats and GGUF hold no L2 gates (the default here): to export the model
+later, split with --gate-normalization softmax (renormalized: to a stock format, not to GGUF). Whatever the gates, a model
+with qk_norm per_head (Qwen3), or with heads that are not hidden_size / num_attention_heads wide, can't be exported to
+them. The last line that is printed says what holds for the model at hand.
 
 examples:
   dsmoe split runs/dense --num-experts 32 --output runs/split
@@ -32,7 +39,8 @@ def add_parser(subparsers: Any) -> None:
         epilog=EPILOG, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False,
     )  # fmt: skip
     parser.add_argument(
-        "checkpoint", type=Path, help="dense model: of dsmoe (folder or run), or a folder of Llama, Mistral or Qwen3"
+        "checkpoint", type=Path,
+        help="dense model: of dsmoe (folder or run), or a folder of Llama, Mistral or Qwen3 (see below which)",
     )  # fmt: skip
     parser.add_argument(
         "--num-experts", type=int, required=True, help="of a layer; a divisor of the MLPs' width"
@@ -43,8 +51,9 @@ def add_parser(subparsers: Any) -> None:
         help="hidden units in their order, or those with like input weights together (default: %(default)s)",
     )  # fmt: skip
     parser.add_argument(
-        "--gate-normalization", choices=GATE_NORMALIZATIONS, default="l2", help="default: %(default)s"
-    )
+        "--gate-normalization", choices=GATE_NORMALIZATIONS, default="l2",
+        help="how gates follow from the router; l2 can't be exported to stock formats or GGUF (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--top-k",
         type=int,
@@ -92,10 +101,11 @@ def run(args: argparse.Namespace) -> None:
         "gate_normalization": args.gate_normalization,
         "dtype": str(dtype).removeprefix("torch."),
         "max_relative_difference": difference,
+        "export_formats": export_formats(config)[0],
         "output": str(output),
     }
     save_pretrained(result.to(dtype), output, folder, overwrite=args.overwrite)
-    print(json.dumps(report, indent=2) if args.json else human_report(report))
+    print(json.dumps(report, indent=2) if args.json else f"{human_report(report)}\n{outlook(config)}")
 
 
 def human_report(report: dict[str, Any]) -> str:

@@ -107,13 +107,16 @@ def twin_config(config: PreTrainedConfig) -> DSMoEConfig:
 
 def _check_architecture(config: Any, path: str) -> None:
     rope = config.rope_parameters or {}
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window >= config.max_position_embeddings:
+        window = None  # it leaves nothing out
     for what, value, wanted in (
         ("hidden_act", config.hidden_act, "silu"),
         ("attention_bias", getattr(config, "attention_bias", False), False),
         ("mlp_bias", getattr(config, "mlp_bias", False), False),
         ("rope_type", rope.get("rope_type", "default"), "default"),
         ("partial_rotary_factor", rope.get("partial_rotary_factor", 1.0), 1.0),
-        ("sliding_window", getattr(config, "sliding_window", None), None),
+        ("sliding_window", window, None),
     ):
         if value != wanted:
             raise UserError(f"{path}: {what} is {value!r}; this architecture knows {wanted!r} alone")
