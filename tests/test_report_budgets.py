@@ -177,8 +177,12 @@ def test_the_share_of_an_smoe_is_that_of_its_layers(tiny_model, tmp_path):
     (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
     assert budgets._trained_shares(tmp_path, [StudyRun("a", "a", {}, 0, {})]) == {4: {1.5 / 4}}
     threshold = tiny_model(num_experts=4, kind="smoe", mlp_routing={"policy": "threshold", "threshold": 0.5})
-    with pytest.raises(UserError, match="has the policy 'threshold'"):
+    with pytest.raises(UserError, match="keeps no fixed number of experts"):
         budgets.budgets_of(threshold, None, [0.5], {})
+    # so that --only can leave its runs out
+    summary["config"]["model"]["mlp_routing"] = {"policy": "threshold", "threshold": 0.5}
+    (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
+    assert budgets._trained_shares(tmp_path, [StudyRun("a", "a", {}, 0, {})]) == {}
 
 
 def test_a_study(train, held_out_corpus_dir, tmp_path, capsys, monkeypatch):

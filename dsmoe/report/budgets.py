@@ -202,7 +202,13 @@ def budgets_of(
     if config.kind == "dense":
         return {1.0: own}
     if config.kind == "smoe":
-        return {_own_share(config): own}
+        share = _own_share(config)
+        if share is None:
+            raise UserError(
+                "an SMoE of the study keeps no fixed number of experts, and budgets are those of SMoEs that do (top_k); "
+                "leave its runs out with --only"
+            )
+        return {share: own}
     found: dict[float, Policies] = {1.0: own}
     wanted = [share for share in shares if share >= 1 / config.num_experts]
     frontier = None
@@ -216,19 +222,11 @@ def budgets_of(
     return found
 
 
-def _own_share(config: DSMoEConfig) -> float:
-    """The active share that an SMoE was trained with, over its layers.
-
-    Raises:
-        UserError: it keeps no fixed number of experts.
-    """
+def _own_share(config: DSMoEConfig) -> float | None:
+    """The active share that an SMoE was trained with, over its layers; None where it keeps no fixed number of experts."""
     policies = [config.routing("mlp", layer) for layer in range(config.num_hidden_layers)]
-    odd = next((policy for policy in policies if policy.get("k") is None), None)
-    if odd is not None:
-        raise UserError(
-            f"an SMoE of the study has the policy {odd['policy']!r}, and budgets are those of SMoEs with a fixed number "
-            "of experts (top_k); leave its runs out with --only"
-        )
+    if any(policy.get("k") is None for policy in policies):
+        return None
     return sum(policy["k"] for policy in policies) / len(policies) / config.num_experts
 
 
@@ -239,7 +237,9 @@ def _trained_shares(output: Path, runs: Sequence[StudyRun]) -> dict[int, set[flo
         if (output / run.name / "summary.json").exists():
             model: Mapping[str, Any] = read_json(output / run.name / "summary.json")["config"]["model"]
             if model["kind"] == "smoe":
-                found[model["num_experts"]].add(_own_share(DSMoEConfig(**model)))
+                share = _own_share(DSMoEConfig(**model))
+                if share is not None:
+                    found[model["num_experts"]].add(share)
     return found
 
 

@@ -171,7 +171,12 @@ class Checkpointer:
                 f"{self.config.train.total_tokens} gives {self.config.total_steps}; {advice}"
             )
         changes = differences(with_defaults(record["config"]), dataclasses.asdict(self.config), HARMLESS)
-        moved = [change for change in changes if change.startswith(tuple(f"{name} " for name in POSITION))]
+        # a mapping, such as data.weights, differs in its entries
+        moved = [
+            change
+            for change in changes
+            if change.startswith(tuple(f"{name}{end}" for name in POSITION for end in " ."))
+        ]
         if moved:
             raise UserError(f"{checkpoint}: {moved[0]}, so the text would not go on where it was; {advice}")
         return changes
