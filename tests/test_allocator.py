@@ -39,9 +39,12 @@ def run(mode, **environment):
 def test_blocks_are_used_again():
     # the block of the first round may be a few bytes short for the second; and now and then something small comes to lie
     # behind it, and every other block is new
-    found = [run("keep") for _ in range(3)]
-    assert all(done == "True" for done, _ in found)
-    assert min(faults for _, faults in found) < PAGES // 5
+    for _ in range(3):
+        done, faults = run("keep")
+        assert done == "True"
+        if faults < PAGES // 5:
+            return
+    pytest.fail(f"{faults} page faults for {PAGES} pages")
 
 
 @glibc

@@ -166,7 +166,7 @@ def starts(structure: Structure, design: Design, log_loss: Array) -> Array:
 
 
 def multi_start(objective: Objective, structure: Structure, keep: int = 6) -> Solution:
-    """The best minimum from a grid of starts: a few steps from each, then the best to full precision.
+    """The best minimum from a grid of starts: a few steps from each, more from the better, the best to full precision.
 
     Args:
         objective: one objective.
@@ -175,8 +175,11 @@ def multi_start(objective: Objective, structure: Structure, keep: int = 6) -> So
     """
     basis = free_basis(structure)
     grid = starts(structure, objective.design, objective.log_loss)
-    first = minimise(objective, grid, basis, max_iterations=30)
-    best = first.theta[np.argsort(first.value)[:keep]]
+    first = minimise(objective, grid, basis, max_iterations=8)
+    # after eight steps the good basins stand out; a quarter of the starts leaves room for those that are slow to show
+    better = first.theta[np.argsort(first.value)[: max(len(grid) // 4, keep)]]
+    second = minimise(objective, better, basis, max_iterations=22)
+    best = second.theta[np.argsort(second.value)[:keep]]
     last = minimise(objective, best, basis)
     winner = [int(np.argmin(last.value))]
     polished = minimise(objective, last.theta[winner], basis)
