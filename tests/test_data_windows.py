@@ -14,6 +14,8 @@ from dsmoe.data.tokenization import train_tokenizer
 from dsmoe.data.windows import shown_bytes_per_token, text_batches
 from dsmoe.errors import UserError
 
+LENGTHS = {"first": 100, "second": 31, "third": 12}
+
 
 def labelled(batches):
     """(input, label) of every label, in order."""
@@ -45,6 +47,21 @@ def test_every_token_is_a_label_once(tmp_path, lengths, size, rows):
         assert torch.equal(batch["attention_mask"] == 0, batch["shift_labels"] == -100)
         assert (batch["input_ids"][batch["attention_mask"] == 0] == EOS).all()
         assert all(value.dtype == torch.int64 for value in batch.values())
+
+
+@pytest.mark.parametrize("shown", [None, 60])
+def test_sources_alone_make_the_whole(tmp_path, shown):
+    streams = {
+        name: {"test": tokens_of(length, i).tolist()} for i, (name, length) in enumerate(LENGTHS.items())
+    }
+    corpus = write_corpus(tmp_path / "corpus", streams)
+    wanted = {"split": "test", "sequence_length": 7, "batch_size": 3, "max_tokens": shown}
+    parts = {name: labelled(evaluation_batches(corpus, source=name, **wanted)) for name in LENGTHS}
+    assert [pair for part in parts.values() for pair in part] == labelled(
+        evaluation_batches(corpus, **wanted)
+    )
+    for name, part in parts.items():
+        assert part and set(part) <= set(expected(streams[name]["test"]))
 
 
 def test_isolation_masks_the_label_of_eos(tmp_path):

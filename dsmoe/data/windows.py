@@ -33,6 +33,7 @@ def evaluation_batches(
     batch_size: int,
     max_tokens: int | None = None,
     isolate_documents: bool = False,
+    source: str | None = None,
 ) -> Iterator[dict[str, torch.Tensor]]:
     """Yield batches in which every token of a split, or of a part of it, is a label exactly once, source after source.
 
@@ -46,6 +47,7 @@ def evaluation_batches(
             that book.
         isolate_documents: restart position_ids after each eos and mask the label of an eos, as in training.
             The first token of a document is then no label.
+        source: only the windows of this source, the same ones that it has beside the other sources'; null: all.
 
     Yields:
         input_ids, shift_labels (-100: none), attention_mask (0: padding), and position_ids with
@@ -57,7 +59,10 @@ def evaluation_batches(
     shown = _shown(corpus, split, sequence_length, max_tokens)
     eos = corpus.eos_token_id
     windows = (
-        _window(stream, start, sequence_length, eos) for stream, starts in shown for start in starts.tolist()
+        _window(stream, start, sequence_length, eos)
+        for name, (stream, starts) in shown.items()
+        if source in (None, name)
+        for start in starts.tolist()
     )
     yield from _batches(windows, batch_size, eos, isolate_documents)
 
@@ -87,7 +92,7 @@ def shown_bytes_per_token(
     """
     shown = [
         stream.read(start, min(start + sequence_length, len(stream)))
-        for stream, starts in _shown(corpus, split, sequence_length, max_tokens)
+        for stream, starts in _shown(corpus, split, sequence_length, max_tokens).values()
         for start in starts.tolist()
     ]
     num_tokens = sum(map(len, shown))
@@ -105,12 +110,12 @@ def shown_bytes_per_token(
 
 def _shown(
     corpus: TokenCorpus, split: str, size: int, max_tokens: int | None
-) -> list[tuple[TokenStream, np.ndarray]]:
-    """The streams of a split, and where in each the windows that are shown begin."""
+) -> dict[str, tuple[TokenStream, np.ndarray]]:
+    """The streams of a split that hold anything, by source, and where in each the windows that are shown begin."""
     if size < 1:
         raise UserError(f"sequence_length is {size}; it must be at least 1 token")
     total = corpus.num_tokens(split)
-    streams = [stream for name in corpus.source_names if len(stream := corpus.stream(name, split))]
+    streams = {name: stream for name in corpus.source_names if len(stream := corpus.stream(name, split))}
     shown = total if max_tokens is None else min(total, max_tokens)
 
     def starts(length: int) -> np.ndarray:
@@ -119,7 +124,7 @@ def _shown(
         wanted = windows if shown == total else min(windows, -(-length * shown // (total * size)))
         return (2 * np.arange(wanted) + 1) * windows // (2 * wanted) * size
 
-    return [(stream, starts(len(stream))) for stream in streams]
+    return {name: (stream, starts(len(stream))) for name, stream in streams.items()}
 
 
 def text_batches(
