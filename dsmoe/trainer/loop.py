@@ -55,7 +55,7 @@ class TrainingRun:
         self.loader = TrainLoader(
             self.corpus,
             sequence_length=config.data.sequence_length,
-            seed=config.data.order_seed,
+            seed=seed if config.data.order_seed is None else config.data.order_seed,
             weights=config.data.weights,
             isolate_documents=config.data.isolate_documents,
             unique_fraction=config.data.unique_fraction,
