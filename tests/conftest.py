@@ -162,7 +162,7 @@ def train_arguments(corpus_dir):
         }  # fmt: skip
         words = []
         for name, value in chosen.items():
-            shown = json.dumps(value) if isinstance(value, bool | list | dict) else str(value)
+            shown = json.dumps(value) if isinstance(value, bool | list | dict | None) else str(value)
             words += [f"--{name}", shown]
         return words
 

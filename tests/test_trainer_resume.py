@@ -87,7 +87,7 @@ def test_a_resumed_run_is_of_the_same_seed(train, monkeypatch, capsys):
     [
         ({"train__total_tokens": 2 * 128}, "has taken 3 steps, and train.total_tokens 256 gives 2"),
         ({"train__global_batch_size": 4}, "train.global_batch_size was 8 and is 4"),
-        ({"data__order_seed": 1}, "data.order_seed was None and is 1"),
+        ({"data__order_seed": 1}, "data.order_seed was 0 and is 1"),
         ({"data__sequence_length": 32}, "data.sequence_length was 16 and is 32"),
         ({"data__weights": {"tiny": 2.0}}, "data.weights.tiny was None and is 2.0"),
         ({"data__first_sample": 8}, "data.first_sample was 0 and is 8"),
