@@ -34,8 +34,8 @@ class DataSettings:
         sequence_length: tokens of a sequence.
         weights: mixture weight of each source; null: those in the folder.
         isolate_documents: keep packed documents from attending to each other.
-        order_seed: seed of the order of the text, one for all runs; null: the run's own seed, so that arms are paired seed
-            by seed, and a spread over seeds holds the order's too.
+        order_seed: seed of the order of the text, one for all runs; null: the run's own seed, so that arms are still
+            paired seed by seed, and a spread over seeds holds the order's too.
         first_sample: sample of that order to begin with: a run that continues another one skips what it has read.
         validation_split: which split validates: "validation" or "test".
         unique_fraction: share of the training text that is ever read; below 1 it comes in more epochs.
