@@ -13,8 +13,6 @@ import torch
 
 from dsmoe.trainer.sharded import shard_dim
 
-# one worker launches the two processes, not each of them
-pytestmark = pytest.mark.xdist_group("two_processes")
 HAS_DEEPSPEED = importlib.util.find_spec("deepspeed") is not None
 ROOT = Path(__file__).resolve().parents[1]
 # starting processes takes most of the time, so one launch runs the script for every arm
