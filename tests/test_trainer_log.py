@@ -124,7 +124,8 @@ def test_mask_phase(train):
     assert not any("mask_phase" in line for line in lines[:20])
     assert all("mask_phase" in line for line in lines[20:])
     shares = [sum(sum(load) / 4 for load in line["router"]["mlp"]["load"]) / 2 for line in lines]
-    assert all(share == pytest.approx(0.25) for share in shares[:20])
+    # the log rounds each load to 6 digits, so a mean share is up to 5e-7 off (and the float32 sums a little)
+    assert all(share == pytest.approx(0.25, abs=1e-6) for share in shares[:20])
     assert sum(shares[-5:]) / 5 == pytest.approx(0.5, abs=0.1)
     # the policy of the phase is not part of the model: `dsmoe sparsify` decides that
     model = DSMoEForCausalLM.from_pretrained(run.folder / "final")
