@@ -69,7 +69,8 @@ def score_model(
         Tasks carry their plain names. A metric that a task lacks is null.
 
     Raises:
-        UserError: an unknown task, data that cannot be reached, or a task without accuracy.
+        UserError: an unknown task, data that cannot be reached, a task without accuracy, or an answer of more than
+            `max_length` tokens.
     """
     results, num_truncated = _evaluate(
         loaded, tasks, include_path, limit, batch_size, max_length, seed, label
@@ -219,6 +220,13 @@ def _scorer(loaded: LoadedModel, batch_size: int, max_length: int | None, label:
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
         ) -> Any:
+            # HFLM cuts contexts to fit; of an answer that doesn't fit by itself it only asserts that there is none
+            longest = max((len(answer) for _, _, answer in requests), default=0)
+            if longest > self.max_length:
+                raise UserError(
+                    f"--max-length {self.max_length}: the longest answer of these tasks has {longest} tokens, and "
+                    f"answers are never cut; give at least {longest}, or tasks with shorter answers"
+                )
             # of a rolling likelihood HFLM would show a bar for each batch of windows
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
