@@ -158,9 +158,7 @@ def test_long_questions_are_counted(place):
 
 def test_an_answer_that_does_not_fit_is_told(place):
     loaded = load_model(save_model(place / "tiny", max_position_embeddings=64), device="cpu")
-    with pytest.raises(
-        UserError, match="--max-length 2: the longest answer of these tasks has ([0-9]+)"
-    ) as raised:
+    with pytest.raises(UserError, match="--max-length 2: the longest answer") as raised:
         harness.score_model(loaded, ["arc_easy"], include_path=place / "tasks", max_length=2)
     # the length that the message names is the first that works
     longest = int(re.search(r"give at least ([0-9]+)", str(raised.value))[1])
