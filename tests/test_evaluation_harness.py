@@ -165,6 +165,11 @@ def test_an_answer_that_does_not_fit_is_told(place):
     harness.score_model(loaded, ["arc_easy"], include_path=place / "tasks", max_length=longest)
     with pytest.raises(UserError, match=f"--max-length {longest - 1}: "):
         harness.score_model(loaded, ["arc_easy"], include_path=place / "tasks", max_length=longest - 1)
+    # where the model's own context is the limit, no --max-length helps
+    short = load_model(save_model(place / "shorter", max_position_embeddings=longest - 1), device="cpu")
+    for limit in (None, longest):
+        with pytest.raises(UserError, match=f"has {longest} tokens.* the model's context is {longest - 1}"):
+            harness.score_model(short, ["arc_easy"], include_path=place / "tasks", max_length=limit)
 
 
 def test_parse_tasks():

@@ -220,18 +220,13 @@ def _scorer(loaded: LoadedModel, batch_size: int, max_length: int | None, label:
         def _loglikelihood_tokens(
             self, requests: Any, disable_tqdm: bool = False, override_bs: int | None = None
         ) -> Any:
-            # HFLM cuts contexts to fit; of an answer that doesn't fit by itself it only asserts that there is none
-            longest = max((len(answer) for _, _, answer in requests), default=0)
-            if longest > self.max_length:
-                raise UserError(
-                    f"--max-length {self.max_length}: the longest answer of these tasks has {longest} tokens, and "
-                    f"answers are never cut; give at least {longest}, or tasks with shorter answers"
-                )
+            _check_answers_fit(requests, self.max_length, context)
             # of a rolling likelihood HFLM would show a bar for each batch of windows
             return super()._loglikelihood_tokens(requests, disable_tqdm=True, override_bs=override_bs)
 
-    if max_length is not None:
-        max_length = min(max_length, getattr(loaded.model.config, "max_position_embeddings", max_length))
+    context = getattr(loaded.model.config, "max_position_embeddings", None)
+    if max_length is not None and context is not None:
+        max_length = min(max_length, context)
     return Scorer(
         pretrained=loaded.model,
         tokenizer=loaded.tokenizer,
@@ -239,6 +234,17 @@ def _scorer(loaded: LoadedModel, batch_size: int, max_length: int | None, label:
         max_length=max_length,
         device=str(loaded.model.device),
     )
+
+
+def _check_answers_fit(requests: Sequence[Any], max_length: int, context: int | None) -> None:
+    """HFLM cuts contexts to fit; of an answer that doesn't fit by itself it only asserts that there is none."""
+    longest = max((len(answer) for _, _, answer in requests), default=0)
+    if longest <= max_length:
+        return
+    found = f"the longest answer of these tasks has {longest} tokens, and answers are never cut"
+    if context is not None and longest > context:
+        raise UserError(f"--tasks: {found}; the model's context is {context}, so leave out the task with it")
+    raise UserError(f"--max-length {max_length}: {found}; give at least {longest}")
 
 
 def _questions(samples: Sequence[Any]) -> dict[str, str]:
