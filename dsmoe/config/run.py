@@ -115,8 +115,11 @@ class TrainSettings:
         micro_batch_size: sequences per forward and process; the rest is accumulation.
         precision: "f32", or "bf16" (autocast; weights stay float32).
         float32_matmul: "auto" (oneDNN's fast mode on CPUs where a probe finds it accurate) or "strict".
-        compile: run the decoder layers through torch.compile, but for steps of the mask phase and validation; the first
-            step takes longer.
+        attention: implementation of the attention core, as transformers names it. "sdpa": torch's fused one; "eager":
+            plain products, which keep all scores for the backward pass and are faster for short sequences on CPU,
+            most of all with `compile`.
+        compile: run the model through torch.compile, but for validation and, in steps of the mask phase, what routes;
+            the first step takes longer.
         gradient_checkpointing: recompute layers in the backward.
         sharding: "none" (every process holds the whole model), "fsdp2" (weights, gradients and moments are sharded
             over the processes by torch's fully_shard), "zero2" (DeepSpeed shards gradients and moments) or "zero3"
@@ -146,6 +149,7 @@ class TrainSettings:
     micro_batch_size: int = 32
     precision: typing.Literal["f32", "bf16"] = "f32"
     float32_matmul: typing.Literal["auto", "strict"] = "auto"
+    attention: typing.Literal["sdpa", "eager"] = "sdpa"
     compile: bool = False
     gradient_checkpointing: bool = False
     recompute_experts: bool = False

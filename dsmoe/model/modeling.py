@@ -28,7 +28,10 @@ from dsmoe.model.weights import register_disk_layout
 
 
 class DSMoEDecoderLayer(GradientCheckpointingLayer):
-    """Pre-norm decoder layer. Returns the hidden states and the logits of its two routers (None where absent)."""
+    """Pre-norm decoder layer. Returns the hidden states and the logits of its two routers (None where absent).
+
+    Its halves are methods of their own for torch.compile's sake: with thresholds that move, the MLP alone stays uncompiled.
+    """
 
     def __init__(self, config: DSMoEConfig, layer_idx: int) -> None:
         super().__init__()
@@ -40,10 +43,19 @@ class DSMoEDecoderLayer(GradientCheckpointingLayer):
 
     def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Hidden states [B, S, D] to hidden states, MLP router logits [B, S, N], attention router logits [B, S, A]."""
-        attended, _, attention_logits = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
-        hidden_states = hidden_states + attended
-        mixed, mlp_logits = self.mlp(self.post_attention_layernorm(hidden_states))
-        return hidden_states + mixed, mlp_logits, attention_logits
+        hidden_states, attention_logits = self.attend(hidden_states, **kwargs)
+        hidden_states, mlp_logits = self.mix(hidden_states)
+        return hidden_states, mlp_logits, attention_logits
+
+    def attend(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None]:
+        """The attention half: hidden states [B, S, D] and attention router logits [B, S, A]."""
+        attended, _, logits = self.self_attn(self.input_layernorm(hidden_states), **kwargs)
+        return hidden_states + attended, logits
+
+    def mix(self, hidden_states: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The MLP half: hidden states [B, S, D] and MLP router logits [B, S, N]."""
+        mixed, logits = self.mlp(self.post_attention_layernorm(hidden_states))
+        return hidden_states + mixed, logits
 
 
 class DSMoEPreTrainedModel(PreTrainedModel):
@@ -265,16 +277,10 @@ class DSMoEForCausalLM(DSMoEPreTrainedModel, GenerationMixin):
         )
         hidden_states = outputs.last_hidden_state
         keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
-        logits = self.lm_head(hidden_states[:, keep, :])
-        loss = None
-        if labels is not None or shift_labels is not None:
-            loss = self.loss_function(
-                logits,
-                labels,
-                self.vocab_size,
-                shift_labels=shift_labels,
-                num_items_in_batch=num_items_in_batch,
-            )
+        if labels is None and shift_labels is None:
+            logits, loss = self.lm_head(hidden_states[:, keep, :]), None
+        else:
+            logits, loss = self.judge(hidden_states[:, keep, :], labels, shift_labels, num_items_in_batch)
         return DSMoECausalLMOutput(
             loss=loss,
             logits=logits,
@@ -283,6 +289,19 @@ class DSMoEForCausalLM(DSMoEPreTrainedModel, GenerationMixin):
             attentions=outputs.attentions,
             router_logits=outputs.router_logits,
             attention_router_logits=outputs.attention_router_logits,
+        )
+
+    def judge(
+        self,
+        hidden_states: Tensor,
+        labels: Tensor | None,
+        shift_labels: Tensor | None,
+        num_items_in_batch: int | Tensor | None,
+    ) -> tuple[Tensor, Tensor]:
+        """Logits [B, S, V] of hidden states [B, S, D] and their loss, see `forward`; one piece for torch.compile."""
+        logits = self.lm_head(hidden_states)
+        return logits, self.loss_function(
+            logits, labels, self.vocab_size, shift_labels=shift_labels, num_items_in_batch=num_items_in_batch
         )
 
 

@@ -1,24 +1,24 @@
-"""Decoder layers through torch.compile, one layer at a time.
+"""A model through torch.compile, piece by piece: the two halves of each decoder layer, and the output layer with its loss.
 
-Layer by layer, since the layers are alike: each is traced, but the code of one serves the others from a cache, and
-whatever wraps layers (sharding, hooks) stays outside. Steps of the mask phase run the layers as they are written:
-their thresholds move with every step, and each would be compiled anew.
+By halves of layers, since the layers are alike: each is traced, but the code of one serves the others from a cache, and
+whatever wraps layers (sharding, hooks) stays outside. Steps of the mask phase run the halves that route as they are
+written: their thresholds move with every step, and each would be compiled anew.
 """
 
 import functools
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager, contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dsmoe.config.run import TrainSettings
 from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM
 
 _LAUNCHER = "ACCELERATE_DYNAMO_BACKEND"
-# routers read their layer's policy, so a layer has a graph of its own, with gradients and without
+# routers read their layer's policy, so half a layer has a graph of its own, with gradients and without
 _GRAPHS_OF_A_LAYER = 4
 
 
@@ -44,11 +44,11 @@ def settle_compile(train: TrainSettings) -> None:
         )
 
 
-class CompiledLayers:
-    """Compiles the decoder layers of a model in place; parameters, names and checkpoints stay as they are.
+class CompiledModel:
+    """Compiles a model's pieces in place; parameters, names and checkpoints stay as they are.
 
     Args:
-        model: its layers' `forward` is replaced.
+        model: the pieces' methods are replaced on the instances.
         device_type: where it runs.
 
     Raises:
@@ -57,6 +57,7 @@ class CompiledLayers:
 
     def __init__(self, model: DSMoEForCausalLM, device_type: str) -> None:
         _probe(device_type)
+        self._model = model
         layers = list(model.model.layers)
         limits = torch._dynamo.config
         limits.recompile_limit = max(limits.recompile_limit, _GRAPHS_OF_A_LAYER * len(layers))  # type: ignore[attr-defined]
@@ -64,22 +65,32 @@ class CompiledLayers:
             limits.accumulated_recompile_limit,
             limits.recompile_limit,  # type: ignore[attr-defined]
         )
-        self._compiled = {layer: torch.compile(layer.forward, dynamic=False) for layer in layers}
+        pieces: list[tuple[nn.Module, str]] = [(layer, name) for layer in layers for name in ("attend", "mix")]
+        self._compiled = {
+            (piece, name): torch.compile(getattr(piece, name), dynamic=False)
+            for piece, name in [*pieces, (model, "judge")]
+        }
         self._replace()
 
     def _replace(self) -> None:
-        for layer, compiled in self._compiled.items():
-            layer.forward = compiled
+        for (piece, name), compiled in self._compiled.items():
+            setattr(piece, name, compiled)
 
     @contextmanager
-    def as_written(self) -> Iterator[None]:
-        """Inside, the layers run without the compiler."""
-        for layer in self._compiled:
-            del layer.forward
+    def as_written(self, names: Collection[str] = ("attend", "mix", "judge")) -> Iterator[None]:
+        """Inside, the pieces of these names run without the compiler."""
+        for piece, name in self._compiled:
+            if name in names:
+                delattr(piece, name)
         try:
             yield
         finally:
             self._replace()
+
+    def moving_thresholds(self) -> AbstractContextManager[None]:
+        """Inside, what routes runs without the compiler, which would compile it anew for every threshold."""
+        routed = self._model.config.num_attention_experts > 1
+        return self.as_written(("attend", "mix") if routed else ("mix",))
 
 
 @functools.cache

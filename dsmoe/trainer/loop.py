@@ -26,7 +26,7 @@ from dsmoe.model import use_routing
 from dsmoe.model.kernels import selected_kernel
 from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_factor
 from dsmoe.trainer.checkpointer import Checkpointer
-from dsmoe.trainer.compiled import CompiledLayers
+from dsmoe.trainer.compiled import CompiledModel
 from dsmoe.trainer.cost import sizes_and_cost
 from dsmoe.trainer.distillation import Distiller
 from dsmoe.trainer.first_thresholds import first_thresholds
@@ -68,9 +68,11 @@ class TrainingRun:
         model, optimizer, self.raw_optimizer = self.parallel.prepare(
             self.raw_model, lambda model: build_optimizer(model, config.optim)
         )
-        self.layers_as_written: Callable[[], AbstractContextManager] = nullcontext
+        self.as_written: Callable[[], AbstractContextManager] = nullcontext
+        self.moving_thresholds: Callable[[], AbstractContextManager] = nullcontext
         if config.train.compile:
-            self.layers_as_written = CompiledLayers(self.raw_model, accelerator.device.type).as_written
+            compiled = CompiledModel(self.raw_model, accelerator.device.type)
+            self.as_written, self.moving_thresholds = compiled.as_written, compiled.moving_thresholds
         running = None
         if config.router_loss.mi_statistics == "running":
             running = RunningMean(config.router_loss.mi_running_decay)
@@ -173,14 +175,13 @@ class TrainingRun:
     def _masked_step(self, batches: list[dict[str, torch.Tensor]], mi_factor: float) -> StepResult:
         """A step of the mask phase."""
         controller, before = self.controller, self.controller.state()
-        with self.layers_as_written():
+        with self.as_written():
             controller.start(lambda shares: first_thresholds(self.stepper, batches, shares))
-            with use_routing(
-                self.raw_model, **controller.routing(self.step, self.raw_model.config.num_experts)
-            ):
-                result = self.stepper.step(batches, mi_factor)
-                if result.skipped is None:
-                    self.state.masked.add(self.raw_model.config, result.statistics)
+        routing = controller.routing(self.step, self.raw_model.config.num_experts)
+        with self.moving_thresholds(), use_routing(self.raw_model, **routing):
+            result = self.stepper.step(batches, mi_factor)
+            if result.skipped is None:
+                self.state.masked.add(self.raw_model.config, result.statistics)
         if result.skipped is None:
             statistics = result.statistics["mlp"]
             share = float((statistics.load_LN.mean() / statistics.num_tokens).item())
@@ -233,7 +234,7 @@ class TrainingRun:
         self._restart_clock()
 
     def _validate(self) -> dict[str, Any]:
-        with self.layers_as_written():
+        with self.as_written():
             found = self.validator.validate(self.controller)
         self.log.write({"step": self.step, "tokens": self.step * self.config.tokens_per_step, **found})
         self._restart_clock()
@@ -264,7 +265,7 @@ class TrainingRun:
         if missed:
             self.accelerator.print(missed)
         measured = self.validator.measured
-        with self.layers_as_written():
+        with self.as_written():
             tested = self.validator.test(self.controller)
         summary: dict[str, Any] = {
             "name": self.config.name,

@@ -65,6 +65,8 @@ def first_model(config: RunConfig, corpus: TokenCorpus) -> DSMoEForCausalLM:
             corpus.eos_token_id
         )
     model = _first_weights(config, model_config)
+    # a property of the run: no model folder holds it
+    model.set_attn_implementation(config.train.attention)
     set_recompute(model, config.train.recompute_experts)
     if config.train.gradient_checkpointing:
         # renamed in transformers 5.23, which warns about the old name
