@@ -7,6 +7,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
+from dsmoe.model import grouped
 from dsmoe.model.expert_loop import looped_experts
 from dsmoe.model.kernels import reset_kernel, selection
 from dsmoe.model.pairs import blocks, kept_pairs, padded, padded_pairs, sum_of_pairs
@@ -62,6 +63,36 @@ def test_values_and_gradients_equal_the_definition(mlp_type):
         torch.autograd.grad(actual, inputs, cotangent), torch.autograd.grad(wanted, inputs, cotangent)
     ):
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("faster", [False, True])
+@pytest.mark.parametrize("mlp_type", MLP_TYPES)
+def test_both_ways_of_training_equal_the_definition(mlp_type, faster, monkeypatch):
+    """The loop, and the wide product with gates of zero; of dropped pairs neither reads the gate."""
+    x, gates, mask, up, down = layer(50, 5, 3, 7, mlp_type)
+    wanted = definition(x, gates, mask, up, down, mlp_type)
+    asked = []
+    monkeypatch.setattr(grouped, "wide_is_faster", lambda *given: asked.append(given) or faster)
+    spoilt = gates.detach().where(mask, float("nan")).requires_grad_()
+    actual = grouped.grouped_experts(x, spoilt, mask, up, down, mlp_type)
+    assert asked == [(mask.double().mean().item(), 3, torch.float64)]
+    torch.testing.assert_close(actual, wanted, rtol=1e-12, atol=1e-12)
+    cotangent = torch.randn(wanted.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(9))
+    found = torch.autograd.grad(actual, (x, spoilt, up, down), cotangent)
+    for got, want in zip(found, torch.autograd.grad(wanted, (x, gates, up, down), cotangent)):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+def test_wide_experts_are_never_trained_as_one():
+    """At the widths that save time the kept experts alone are computed; at narrow ones the share decides."""
+    assert not any(
+        grouped.wide_is_faster(share, 128, dtype)
+        for share in (0.1, 0.34, 0.5)
+        for dtype in (torch.bfloat16, torch.float32)
+    )
+    assert grouped.wide_is_faster(0.34, 16, torch.bfloat16)
+    assert not grouped.wide_is_faster(0.1, 16, torch.bfloat16)
+    assert not grouped.wide_is_faster(0.34, 16, torch.float32)
 
 
 @pytest.mark.parametrize("mlp_type", MLP_TYPES)

@@ -324,3 +324,66 @@ def test_gpus_are_those_that_are_visible(monkeypatch):
     assert launcher.gpus() == ["4", "7"]
     monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
     assert launcher.gpus() == []
+
+
+OTHER = {
+    "name": "other",
+    "groups": {
+        "twin": {"settings": {"model.kind": "dense", "model.num_experts": 1}, "seeds": [1, 2]},
+        "odd": {"settings": {"optim.eps": 0.5}, "seeds": [0]},
+    },
+    "pairs": [],
+}
+
+
+def run_other(place, **changed):
+    settings = {**STUDY["settings"], "data.path": str(place / "text")}
+    also = [str(place / "record")]
+    (place / "other.yaml").write_text(
+        yaml.safe_dump({**OTHER, "settings": settings, "also": also, **changed})
+    )
+    options = ["--output", str(place / "other-runs"), "--record", str(place / "other-record")]
+    return main([str(place / "other.yaml"), *options])
+
+
+def test_runs_that_another_study_trained_are_taken(place):
+    assert run(place) == 0
+    assert run_other(place) == 0
+    # of another seed, and of other settings
+    assert {path.name for path in (place / "other-runs").iterdir() if path.is_dir()} == {"twin-s2", "odd-s0"}
+    results = json.loads((place / "other-record" / "results.json").read_text())
+    rows = {row["name"]: row for row in results["runs"]}
+    assert set(rows) == {"twin-s1", "twin-s2", "odd-s0"}
+    taken, theirs = rows["twin-s1"], rows_of(place)["dense-s1"]
+    assert taken["from"] == {"study": "toy", "run": "dense-s1"} and taken["group"] == "twin"
+    assert taken["validation_loss"] == theirs["validation_loss"] and taken["digest"] != theirs["digest"]
+    assert "from" not in rows["twin-s2"]
+    assert any("twin-s1 (toy)" in note for note in results["notes"])
+    lines = [json.loads(line) for line in (place / "other-record" / "logs.jsonl").read_text().splitlines()]
+    assert {line["run"]: line["lm_loss"] for line in lines} == {
+        "twin-s1": 4.0,
+        "twin-s2": 5.0,
+        "odd-s0": 3.5,
+    }
+    # and from then on they are its own record's
+    shutil.rmtree(place / "other-runs")
+    shutil.rmtree(place / "runs")
+    assert run_other(place, title="again") == 0
+    assert not any(path.is_dir() for path in (place / "other-runs").iterdir())
+    assert json.loads((place / "other-record" / "results.json").read_text())["runs"] == results["runs"]
+
+
+def test_of_another_text_nothing_is_taken(place):
+    assert run(place) == 0
+    (place / "text" / "meta.json").write_text("2")
+    assert run_other(place) == 0
+    assert (place / "other-runs" / "twin-s1").is_dir()
+
+
+def test_what_also_names_must_be_a_record_of_a_study(place, capsys):
+    assert run_other(place) == 2
+    assert f"also names {str(place / 'record')!r}, which holds no results.json" in last_line(capsys)
+    (place / "record").mkdir()
+    (place / "record" / "results.json").write_text("{}")
+    assert run_other(place) == 2
+    assert "holds a record, but not of a study" in last_line(capsys)

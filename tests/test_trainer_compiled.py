@@ -159,7 +159,9 @@ def test_eager_attention(train, traced):
     """The same losses but for rounding, compiled or not."""
     plain = train("plain", train__total_tokens=4 * 128)
     for compile in (False, True):
-        run = train(f"eager-{compile}", train__total_tokens=4 * 128, train__attention="eager", train__compile=compile)
+        run = train(
+            f"eager-{compile}", train__total_tokens=4 * 128, train__attention="eager", train__compile=compile
+        )
         assert run.status == 0
         assert run.losses() == pytest.approx(plain.losses(), rel=1e-5)
         assert run.losses() != plain.losses()

@@ -2,7 +2,8 @@
 
 Without gradients a kernel does it in one call (see `dsmoe.model.kernels.inference`). Otherwise, and where that kernel
 can't be had, pairs are sorted by expert, so that each expert sees one contiguous block of rows: grouped products of
-torch on CUDA (untested there), a loop over experts elsewhere (see `dsmoe.model.expert_loop`). To torch.compile the
+torch on CUDA (untested there), a loop over experts elsewhere (see `dsmoe.model.expert_loop`), or where experts are so
+narrow that the loop takes longer than it saves, all of them as one wide MLP with gates of zero. To torch.compile the
 layer is one opaque operation, with gradients a break in the graph: its shapes depend on the mask's values.
 
 Shapes: T tokens, P kept pairs, N experts, D hidden size, F hidden units of one expert, H = 2F (swiglu) or F.
@@ -19,6 +20,12 @@ from dsmoe.model.autocast import compute_dtype
 from dsmoe.model.expert_loop import looped_experts
 from dsmoe.model.kernels import eager, inference_experts
 from dsmoe.model.pairs import blocks, kept_pairs
+from dsmoe.model.wide import wide_experts
+
+# Rows of narrow blocks cost the loop 1 + NARROW / F times what they cost in one wide product, at 2 bytes a number and at
+# more. Measured on AVX-512 CPUs with and without AMX, F from 16 to 256 and shares from a tenth to a half: the faster of
+# the two is chosen but where they are within a third of each other.
+_NARROW = {True: 64, False: 24}
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -114,9 +121,25 @@ def _portable(
     x_TD: Tensor, gates_TN: Tensor, expert_mask_TN: Tensor, up_NHD: Tensor, down_NFD: Tensor, mlp_type: str
 ) -> Tensor:
     # on a GPU each step of that loop would have the host wait; padding is for oneDNN only
-    if x_TD.is_cpu and not (uses_grouped_mm(x_TD, up_NHD) and uses_grouped_mm(x_TD, down_NFD)):
-        return looped_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
-    return batched_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+    if not x_TD.is_cpu or (uses_grouped_mm(x_TD, up_NHD) and uses_grouped_mm(x_TD, down_NFD)):
+        return batched_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+    share = expert_mask_TN.sum().item() / max(1, expert_mask_TN.numel())
+    if torch.is_grad_enabled() and wide_is_faster(share, down_NFD.shape[1], x_TD.dtype):
+        # of dropped experts nothing is read, so nothing that isn't finite either
+        gates_TN = gates_TN.where(expert_mask_TN, 0)
+        return wide_experts(x_TD, gates_TN, up_NHD, down_NFD, mlp_type)
+    return looped_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+
+
+def wide_is_faster(share: float, width: int, dtype: torch.dtype) -> bool:
+    """Whether all experts as one wide MLP take less time in training on CPU than the kept ones in turn.
+
+    Args:
+        share: of the pairs that are kept.
+        width: F.
+        dtype: of the products.
+    """
+    return share * (1 + _NARROW[dtype.itemsize <= 2] / width) > 1
 
 
 _uncompiled = torch.compiler.disable(_portable)

@@ -30,7 +30,7 @@ from dsmoe.model.weights import register_disk_layout
 class DSMoEDecoderLayer(GradientCheckpointingLayer):
     """Pre-norm decoder layer. Returns the hidden states and the logits of its two routers (None where absent).
 
-    Its halves are methods of their own for torch.compile's sake: with thresholds that move, the MLP alone stays uncompiled.
+    Its halves are methods of their own for torch.compile: with thresholds that move, the MLP alone stays uncompiled.
     """
 
     def __init__(self, config: DSMoEConfig, layer_idx: int) -> None:

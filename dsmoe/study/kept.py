@@ -1,9 +1,13 @@
-"""What a study's record already holds: a finished run whose folder is gone is not trained a second time."""
+"""What records already hold: a finished run whose folder is gone is not trained a second time.
+
+A study's own record comes first. Runs that it lacks may stand in the records of other studies that its YAML names
+(`also`), where settings, recipe, seed and text are the same; such a row says `from` which record it is.
+"""
 
 import hashlib
 import json
 from collections.abc import Collection
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,30 +47,32 @@ class Kept:
         return [name for name in gone if name in known]
 
 
-def digest(study: Study, run: StudyRun) -> str:
-    """SHA-256 of what a run's result depends on, but for places and the corpus."""
-    parts = without_places(identity(study, run))
+def digest(study: Study, run: StudyRun, name: str | None = None) -> str:
+    """SHA-256 of what a run's result depends on, but for places, seed and corpus; as a run of the study `name`."""
+    parts = {**without_places(identity(study, run)), "study": name or study.name}
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def read_kept(study: Study, record: Path | None) -> Kept:
-    """The runs of a record that are runs of this study, of these settings and of this text.
+    """The runs of a record that are runs of this study, of these settings and of this text; then those of `study.also`.
 
     Args:
         study: the study.
-        record: a record's folder, which need not exist; None: no record.
+        record: a record's folder, which need not exist; None: no record, and nothing is kept.
 
     Raises:
-        UserError: the folder holds anything but a record of this study.
+        UserError: the folder holds anything but a record of this study, or one of `study.also` no study's record.
     """
-    if record is None or not check_record_folder(record):
+    if record is None:
         return Kept()
-    path = record / "results.json"
-    results: Any = read_json(path) if path.exists() else None
-    if not _is_of_a_study(results):
-        raise UserError(
-            f"{record}: holds a record, but not of a study of train/study.py; name another folder"
-        )
+    kept = _own(study, record) if check_record_folder(record) else Kept()
+    for other in study.also:
+        kept = _with_others(kept, study, other)
+    return kept
+
+
+def _own(study: Study, record: Path) -> Kept:
+    results = _results(record)
     if results["name"] != study.name:
         raise UserError(
             f"{record}: holds the record of the study {results['name']!r}, and this is {study.name!r}; "
@@ -76,15 +82,57 @@ def read_kept(study: Study, record: Path | None) -> Kept:
     rows = {}
     for row in results["runs"]:
         run = of_name.get(row["name"])
-        # where the text isn't on this machine, nothing else could be read
-        if (
-            run is not None
-            and row.get("digest") == digest(study, run)
-            and corpus_of(study, run) in (None, row.get("corpus"))
-        ):
+        if run is not None and row.get("digest") == digest(study, run) and _same_text(study, run, row):
             rows[run.name] = row
     others = tuple(row["name"] for row in results["runs"] if row["name"] not in rows)
     return Kept(rows, results["environment"], _read_logs(record / "logs.jsonl", rows), others)
+
+
+def _with_others(kept: Kept, study: Study, record: Path) -> Kept:
+    """`kept` with the runs that it lacks and that the record of another study has."""
+    results = _results(record)
+    found = {}
+    for run in study.runs:
+        if run.name in kept.rows or run.name in kept.others:
+            continue
+        wanted = digest(study, run, results["name"])
+        for row in results["runs"]:
+            if row.get("digest") == wanted and row["seed"] == run.seed and _same_text(study, run, row):
+                found[run.name] = row
+    names = {row["name"]: name for name, row in found.items()}
+    logs = {
+        names[name]: [json.dumps({**json.loads(line), "run": names[name]}) + "\n" for line in lines]
+        for name, lines in _read_logs(record / "logs.jsonl", names).items()
+    }
+    rows = {
+        run.name: {
+            **found[run.name], "name": run.name, "group": run.group, "labels": run.labels,
+            "digest": digest(study, run), "from": {"study": results["name"], "run": found[run.name]["name"]},
+        }
+        for run in study.runs
+        if run.name in found
+    }  # fmt: skip
+    return replace(
+        kept,
+        rows={**kept.rows, **rows},
+        environment=kept.environment or (results["environment"] if rows else {}),
+        logs={**kept.logs, **logs},
+    )
+
+
+def _same_text(study: Study, run: StudyRun, row: dict[str, Any]) -> bool:
+    # where the text isn't on this machine, nothing else could be read
+    return corpus_of(study, run) in (None, row.get("corpus"))
+
+
+def _results(record: Path) -> dict[str, Any]:
+    path = record / "results.json"
+    results: Any = read_json(path) if path.exists() else None
+    if not _is_of_a_study(results):
+        raise UserError(
+            f"{record}: holds a record, but not of a study of train/study.py; name another folder"
+        )
+    return results
 
 
 def _is_of_a_study(results: Any) -> bool:

@@ -18,6 +18,8 @@ groups:
     seeds: [0, 1]                        # or seeds of each point of an axis: {1M: [0, 1]}
 pairs: [[dsmoe, dense]]                  # two groups, compared where axes and seeds agree; or two points, such as
                                          # [dsmoe-small-1M, dense-small-2M], compared where seeds agree
+also: [eval/records/quality-largest]     # records of other studies, whose runs of the same settings and the same text
+                                         # needn't be trained again for this one's; relative as `config` is
 curves:                                  # a pair's difference against what grows (tokens or parameters), with a line
   - {pair: [dsmoe, dense], against: parameters, points: [small, large]}
 ```
@@ -36,7 +38,7 @@ from dsmoe.errors import UserError
 from dsmoe.files import load_yaml
 from dsmoe.study.curves import AXES, Curve
 
-KEYS = {"name", "title", "conclusion", "config", "settings", "groups", "pairs", "curves"}
+KEYS = {"name", "title", "conclusion", "config", "settings", "groups", "pairs", "curves", "also"}
 # the study says these of each run; a setting of them would be silently set aside
 OWN_SETTINGS = ("train.seeds", "train.output_dir", "train.resume", "train.overwrite")
 GROUP_KEYS = {"settings", "grid", "seeds"}
@@ -79,6 +81,7 @@ class Study:
         title: of its record.
         conclusion: of its record.
         curves: pairs of groups to follow along tokens or size.
+        also: folders of other studies' records, see `dsmoe.study.kept`.
     """
 
     name: str
@@ -88,6 +91,7 @@ class Study:
     title: str = ""
     conclusion: str = ""
     curves: list[Curve] = field(default_factory=list)
+    also: list[Path] = field(default_factory=list)
 
 
 def read_study(path: str | Path) -> Study:
@@ -118,6 +122,7 @@ def read_study(path: str | Path) -> Study:
         curves=[
             _curve(curve, runs, f"{path}: curves") for curve in _list(study.get("curves"), f"{path}: curves")
         ],
+        also=[_record(record, path) for record in _list(study.get("also"), f"{path}: also")],
     )
 
 
@@ -237,6 +242,16 @@ def _recipe(config: Any, path: Path) -> Path | None:
             return folder / config
     raise UserError(
         f"{path}: config {config!r} is no file, neither beside the study nor in the present folder"
+    )
+
+
+def _record(record: Any, path: Path) -> Path:
+    for folder in (path.parent, Path()):
+        if isinstance(record, str) and (folder / record / "results.json").is_file():
+            return folder / record
+    raise UserError(
+        f"{path}: also names {record!r}, which holds no results.json of a study, neither beside the study nor in the "
+        "present folder"
     )
 
 

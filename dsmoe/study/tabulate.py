@@ -65,7 +65,11 @@ def collect(study: Study, output: Path, kept: Kept | None = None) -> dict[str, A
         "pairs": [pair for names in study.pairs for pair in _pair(rows, *names)],
         "curves": [follow(curve, rows, _pair(rows, *curve.pair)) for curve in study.curves],
         "environment": environment,
-        "notes": [*(note for names in compared for note in _left_out(rows, *names)), *_older_windows(rows)],
+        "notes": [
+            *(note for names in compared for note in _left_out(rows, *names)),
+            *_older_windows(rows),
+            *_of_others(rows),
+        ],
     }
 
 
@@ -172,6 +176,13 @@ def _older_windows(rows: Sequence[Row]) -> Iterator[str]:
         yield (
             f"Measured by an older version on the first tokens of each source, which is another text: {', '.join(older)}."
         )
+
+
+def _of_others(rows: Sequence[Row]) -> Iterator[str]:
+    """A sentence on the rows that other studies trained."""
+    named = [f"{row['name']} ({row['from']['study']})" for row in rows if "from" in row]
+    if named:
+        yield f"Runs of the same settings that another study trained: {', '.join(named)}."
 
 
 def mean_flops(rows: Sequence[Row]) -> float:

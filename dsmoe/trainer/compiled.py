@@ -1,4 +1,4 @@
-"""A model through torch.compile, piece by piece: the two halves of each decoder layer, and the output layer with its loss.
+"""A model through torch.compile, piece by piece: the halves of each decoder layer, and the output layer with its loss.
 
 By halves of layers, since the layers are alike: each is traced, but the code of one serves the others from a cache, and
 whatever wraps layers (sharding, hooks) stays outside. Steps of the mask phase run the halves that route as they are
@@ -65,7 +65,9 @@ class CompiledModel:
             limits.accumulated_recompile_limit,
             limits.recompile_limit,  # type: ignore[attr-defined]
         )
-        pieces: list[tuple[nn.Module, str]] = [(layer, name) for layer in layers for name in ("attend", "mix")]
+        pieces: list[tuple[nn.Module, str]] = [
+            (layer, name) for layer in layers for name in ("attend", "mix")
+        ]
         self._compiled = {
             (piece, name): torch.compile(getattr(piece, name), dynamic=False)
             for piece, name in [*pieces, (model, "judge")]
