@@ -1,5 +1,6 @@
 """Every configuration file that is shipped loads strictly through the trainer's parser, and its model builds."""
 
+import json
 import shlex
 from pathlib import Path
 
@@ -11,10 +12,12 @@ from dsmoe import DSMoEForCausalLM, cli
 from dsmoe.accounting import total_parameters
 from dsmoe.data.command import recipe_from_args
 from dsmoe.data.recipe import check_recipe
+from dsmoe.study.spec import read_study
 from dsmoe.trainer.command import parse
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
-MODELS, RUNS = (sorted((CONFIGS / folder).glob("*.yaml")) for folder in ("model", "quickstart"))
+MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
+RUNS = sorted(path for folder in ("quickstart", "recipe") for path in (CONFIGS / folder).glob("*.yaml"))
 
 
 @pytest.mark.parametrize("path", [*MODELS, *RUNS], ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -88,3 +91,23 @@ def test_the_readme_prepares_a_corpus_and_trains_on_it(monkeypatch):
     assert run.data.path == str(args.output)
     # as the trainer has it: an embedding for every entry of the tokenizer
     assert run.model_config().vocab_size >= recipe.train_tokenizer
+
+
+@pytest.mark.parametrize("name,arm", [("dense", "dense"), ("dsmoe", "third"), ("smoe", "smoe-k11")])
+def test_the_recipe_is_what_the_study_measured(name, arm):
+    """The recipes name an arm of study shares, whose record holds their result."""
+    study = read_study(CONFIGS / "quality" / "shares.yaml")
+    run = next(run for run in study.runs if run.point == arm)
+    settings = []
+    for key, value in run.settings.items():
+        settings += [f"--{key}", value if isinstance(value, str) else json.dumps(value)]
+    wanted = yaml.safe_load(parse(["--config", str(study.config), *settings])[2])
+    recipe = CONFIGS / "recipe" / f"{name}.yaml"
+    found = yaml.safe_load(parse(["--config", str(recipe), "--data.path", wanted["data"]["path"]])[2])
+    wanted["name"] = name
+    for key in ("compile", "attention"):  # what suits the study's machine
+        del wanted["train"][key], found["train"][key]
+    if name == "dense":  # which has neither routers nor gates
+        for key in ("gate_normalization", "router_initializer_range"):
+            del wanted["model"][key], found["model"][key]
+    assert found == wanted
