@@ -99,8 +99,16 @@ def _stored(values_TN: Tensor, kept_experts: Sequence[int] | None) -> Tensor:
 
 
 def _top_k(scores_TM: Tensor, k: int) -> Tensor:
-    indices = scores_TM.topk(k, dim=-1).indices
-    return torch.zeros_like(scores_TM, dtype=torch.bool).scatter(-1, indices, True)
+    indices_TK = scores_TM.topk(k, dim=-1).indices
+    if torch.compiler.is_compiling():
+        # inductor (torch 2.13, CPU) reads a scattered mask before it is written where it fuses the gates with it
+        return _is_index(indices_TK[..., None], scores_TM).any(-2)
+    return torch.zeros_like(scores_TM, dtype=torch.bool).scatter(-1, indices_TK, True)
+
+
+def _is_index(indices: Tensor, scores_TM: Tensor) -> Tensor:
+    """[..., M] bool: where the last dimension of the scores has these indices [..., 1]."""
+    return indices == torch.arange(scores_TM.shape[-1], device=scores_TM.device)
 
 
 def _top_p(shares_TM: Tensor, top_p: float) -> Tensor:
@@ -109,6 +117,8 @@ def _top_p(shares_TM: Tensor, top_p: float) -> Tensor:
     before = sorted_shares.cumsum(-1) - sorted_shares
     needed = before < top_p
     needed[..., 0] = True
+    if torch.compiler.is_compiling():  # see `_top_k`
+        return needed.gather(-1, order.argsort(-1))
     return torch.zeros_like(needed).scatter(-1, order, needed)
 
 
@@ -120,8 +130,7 @@ def _above_threshold(
         limit = _stored(_constant(threshold, scaled_TM.dtype, scaled_TM), kept_experts)
     else:
         limit = threshold
-    best = scaled_TM.argmax(dim=-1, keepdim=True)
-    return (scaled_TM > limit).scatter(-1, best, True)
+    return (scaled_TM > limit) | _is_index(scaled_TM.argmax(dim=-1, keepdim=True), scaled_TM)
 
 
 def gate_values(
