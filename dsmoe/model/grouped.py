@@ -23,7 +23,7 @@ from dsmoe.model.pairs import blocks, kept_pairs
 from dsmoe.model.wide import wide_experts
 
 # Rows of narrow blocks cost the loop 1 + NARROW / F times what they cost in one wide product, at 2 bytes a number and at
-# more. Measured on AVX-512 CPUs with and without AMX, F from 16 to 256 and shares from a tenth to a half: the faster of
+# more. Measured on one core with AVX-512 and AMX, F from 16 to 256 and shares from a tenth to a half: the faster of
 # the two is chosen but where they are within a third of each other.
 _NARROW = {True: 64, False: 24}
 
