@@ -87,6 +87,12 @@ def tiny_model(tiny_config):
     return make
 
 
+@pytest.fixture
+def kept_experts_alone(monkeypatch):
+    """Training computes the kept experts alone, however narrow they are, as it does with wider ones."""
+    monkeypatch.setattr("dsmoe.model.grouped.wide_is_faster", lambda *_: False)
+
+
 @pytest.fixture(scope="session")
 def corpus_dir(tmp_path_factory):
     """A token folder made by `dsmoe data prepare` out of 400 generated documents, with 300 tokens."""

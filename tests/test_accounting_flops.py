@@ -77,6 +77,7 @@ def test_forward_and_training_flops_equal_torchs_count(name):
     assert training_flops_per_token(config, LENGTH) * BATCH * LENGTH == both
 
 
+@pytest.mark.usefixtures("kept_experts_alone")
 @pytest.mark.parametrize("attention", [{}, {**MOA, "attention_routing": {"policy": "top_k", "k": 1}}])
 def test_training_of_an_smoe_counts_only_the_kept_experts(attention):
     config, model = make(**SMOE, **attention)
@@ -85,6 +86,7 @@ def test_training_of_an_smoe_counts_only_the_kept_experts(attention):
     assert training_flops_per_token(config, LENGTH) * BATCH * LENGTH == both
 
 
+@pytest.mark.usefixtures("kept_experts_alone")
 @pytest.mark.parametrize("attention", [{}, {**MOA, "attention_routing": {"policy": "top_k", "k": 1}}])
 def test_a_step_of_the_mask_phase_counts_only_the_kept_experts(attention):
     config, model = make(num_experts=4, mlp_routing={"policy": "threshold", "threshold": 1.0}, **attention)

@@ -35,6 +35,7 @@ def test_contestants_compute_the_same():
     torch.testing.assert_close(steps["all"].forward(), expected, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.usefixtures("kept_experts_alone")
 def test_saved_bytes_are_those_of_one_batch():
     steps = sparse_steps((64, 4, 8), 2, 64, torch.float32, ())
     kept = steps["kept"]

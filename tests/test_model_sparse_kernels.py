@@ -202,6 +202,7 @@ def test_a_token_does_not_depend_on_the_others(kernel):
     torch.testing.assert_close(grouped_experts(x, gates, mask, up, down, "swiglu")[0], before[0])
 
 
+@pytest.mark.usefixtures("kept_experts_alone")
 def test_kernel_is_taken_for_inference_alone(kernel, monkeypatch):
     calls = []
     compute = inference.forward
