@@ -83,7 +83,7 @@ def test_both_ways_of_training_equal_the_definition(mlp_type, faster, monkeypatc
         torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
 
 
-def test_wide_experts_are_never_trained_as_one():
+def test_the_rule_for_narrow_experts():
     """At the widths that save time the kept experts alone are computed; at narrow ones the share decides."""
     assert not any(
         grouped.wide_is_faster(share, 128, dtype)

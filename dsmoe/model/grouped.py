@@ -123,12 +123,15 @@ def _portable(
     # on a GPU each step of that loop would have the host wait; padding is for oneDNN only
     if not x_TD.is_cpu or (uses_grouped_mm(x_TD, up_NHD) and uses_grouped_mm(x_TD, down_NFD)):
         return batched_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
-    share = expert_mask_TN.sum().item() / max(1, expert_mask_TN.numel())
-    if torch.is_grad_enabled() and wide_is_faster(share, down_NFD.shape[1], x_TD.dtype):
+    if torch.is_grad_enabled() and wide_is_faster(_share(expert_mask_TN), down_NFD.shape[1], x_TD.dtype):
         # of dropped experts nothing is read, so nothing that isn't finite either
         gates_TN = gates_TN.where(expert_mask_TN, 0)
         return wide_experts(x_TD, gates_TN, up_NHD, down_NFD, mlp_type)
     return looped_experts(x_TD, gates_TN, expert_mask_TN, up_NHD, down_NFD, mlp_type)
+
+
+def _share(mask_TN: Tensor) -> float:
+    return mask_TN.sum().item() / max(1, mask_TN.numel())
 
 
 def wide_is_faster(share: float, width: int, dtype: torch.dtype) -> bool:
