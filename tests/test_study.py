@@ -19,6 +19,7 @@ from scipy import stats
 from dsmoe.study import command, launcher
 from dsmoe.study.command import main
 from dsmoe.study.curves import fit_line
+from dsmoe.study.launcher import STAGES, arguments, identity, shared_stage
 from dsmoe.study.spec import read_study
 from dsmoe.trainer.command import parse
 
@@ -502,3 +503,38 @@ def test_a_curve_that_names_nothing_is_refused(study, tmp_path, capsys, curve, w
     error = capsys.readouterr().err
     assert "curves: " in error
     assert words in error
+
+
+def test_runs_that_differ_in_their_mask_phase_share_the_steps_before_it(tmp_path):
+    phase = {"mask_phase.fraction": 0.4}
+    groups = {
+        "third": {"settings": {**phase, "mask_phase.target_active": 0.33}, "seeds": [0, 1]},
+        "half": {"settings": {**phase, "mask_phase.target_active": 0.5}},
+        "other-rate": {"settings": {**phase, "optim.learning_rate": 0.1}},
+        "longer": {"settings": {"mask_phase.fraction": 0.5}},
+        "all-sparse": {"settings": {"mask_phase.fraction": 1.0}},
+        "dense": {"settings": {}},
+    }
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"name": "phases", "groups": groups}), encoding="utf-8")
+    found = read_study(path)
+    stages = {run.name: shared_stage(found, run) for run in found.runs}
+    assert stages["third-s0"] == stages["half-s0"]
+    assert {name for name, stage in stages.items() if stage} == {"third-s0", "half-s0"}
+    run = found.runs[0]
+    words = arguments(found, run, tmp_path / "runs", threads=0)
+    assert words[words.index("--mask_phase.dense_stage") + 1] == str(
+        tmp_path / "runs" / STAGES / stages["third-s0"]
+    )
+    # a run's record doesn't depend on who else is in the study
+    assert not any("dense_stage" in name for name in identity(found, run)["settings"])
+
+
+def test_a_recipe_may_say_where_the_mask_phase_begins(tmp_path):
+    (tmp_path / "recipe.yaml").write_text("mask_phase: {fraction: 0.4}", encoding="utf-8")
+    groups = {str(target): {"settings": {"mask_phase.target_active": target}} for target in (0.25, 0.5)}
+    path = tmp_path / "study.yaml"
+    path.write_text(yaml.safe_dump({"config": "recipe.yaml", "groups": groups}), encoding="utf-8")
+    found = read_study(path)
+    first, second = (shared_stage(found, run) for run in found.runs)
+    assert first == second is not None

@@ -92,6 +92,9 @@ class MaskPhaseSettings:
             their number, since each is drawn that much less often.
         policies: instead of a steered threshold, the routing policies of these sparse checkpoints (folders of
             `dsmoe sparsify`), one drawn for each step, so that one model learns several budgets.
+        dense_stage: folder that keeps the checkpoint of the last dense step (one a seed), for runs that differ in nothing
+            but `mask_phase`: the first writes it there, the others start from it and end as if they had trained
+            those steps too; their seconds count them. Empty: none.
     """
 
     fraction: float = 0.0
@@ -99,6 +102,7 @@ class MaskPhaseSettings:
     targets: list[float] = field(default_factory=list)
     gain: float = 0.1
     policies: list[str] = field(default_factory=list)
+    dense_stage: str = ""
 
     def check(self) -> None:
         """Raise UserError on values that can't work, naming the field."""
@@ -117,6 +121,11 @@ class MaskPhaseSettings:
         if self.targets and self.policies:
             raise UserError(
                 "mask_phase.targets and mask_phase.policies are two ways to train several budgets; give one of them"
+            )
+        if self.dense_stage and not 0 < self.fraction < 1:
+            raise UserError(
+                f"mask_phase.dense_stage is {self.dense_stage!r} and mask_phase.fraction {self.fraction:g}; a stage to "
+                "share is what comes before a mask phase, so that fraction must be above 0 and below 1"
             )
 
 

@@ -1,5 +1,6 @@
 """Runs the runs of a study, several at a time, and picks up where it was broken off."""
 
+import hashlib
 import json
 import os
 import signal
@@ -24,6 +25,8 @@ from dsmoe.study.spec import Study, StudyRun
 TRAINER = ["-c", "import sys; from dsmoe.trainer import main; sys.exit(main(sys.argv[1:]))"]
 # where the text lies differs between machines; the corpus itself is compared by its fingerprint
 PLACES = ("data.path",)
+# in the output folder, beside the runs
+STAGES = "dense-stages"
 
 
 def arguments(study: Study, run: StudyRun, output: Path, threads: int) -> list[str]:
@@ -33,9 +36,41 @@ def arguments(study: Study, run: StudyRun, output: Path, threads: int) -> list[s
     settings |= {"train.output_dir": str(output / run.name), "train.resume": True}
     if threads:
         settings["train.num_threads"] = threads
+    stage = shared_stage(study, run)
+    if stage:
+        settings["mask_phase.dense_stage"] = str(output / STAGES / stage)
     for name, value in settings.items():
         found += [f"--{name}", value if isinstance(value, str) else json.dumps(value)]
     return found
+
+
+def shared_stage(study: Study, run: StudyRun) -> str | None:
+    """Name of the folder of the dense stage that other runs of the study have in common with this one.
+
+    They differ in nothing but what their mask phase, which all begin at the same step, does. None: there are none.
+    """
+    own = _before_mask_phase(study, run)
+    if own is None:
+        return None
+    sharing = [
+        other for other in study.runs if other.seed == run.seed and _before_mask_phase(study, other) == own
+    ]
+    return hashlib.sha256(own.encode()).hexdigest()[:16] if len(sharing) > 1 else None
+
+
+def _before_mask_phase(study: Study, run: StudyRun) -> str | None:
+    """All that the steps before a run's mask phase depend on, but for its seed; None: it has no such steps."""
+    own = identity(study, run)
+    recipe = own["recipe"] if isinstance(own["recipe"], Mapping) else {}
+    phase = recipe.get("mask_phase")
+    fraction = own["settings"].get(
+        "mask_phase.fraction", phase.get("fraction") if isinstance(phase, Mapping) else None
+    )
+    if not isinstance(fraction, int | float) or not 0 < fraction < 1:
+        return None
+    settings = {name: value for name, value in own["settings"].items() if not name.startswith("mask_phase.")}
+    recipe = {name: value for name, value in recipe.items() if name != "mask_phase"}
+    return json.dumps([settings, recipe, fraction], sort_keys=True)
 
 
 def identity(study: Study, run: StudyRun) -> dict[str, Any]:

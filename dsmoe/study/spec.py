@@ -40,7 +40,13 @@ from dsmoe.study.curves import AXES, Curve
 
 KEYS = {"name", "title", "conclusion", "config", "settings", "groups", "pairs", "curves", "also"}
 # the study says these of each run; a setting of them would be silently set aside
-OWN_SETTINGS = ("train.seeds", "train.output_dir", "train.resume", "train.overwrite")
+OWN_SETTINGS = (
+    "train.seeds",
+    "train.output_dir",
+    "train.resume",
+    "train.overwrite",
+    "mask_phase.dense_stage",
+)
 GROUP_KEYS = {"settings", "grid", "seeds"}
 CURVE_KEYS = {"pair", "against", "points"}
 

@@ -13,7 +13,8 @@ from accelerate import Accelerator
 from dsmoe.checkpoint import discard, load_checkpoint, newest_intact, save_checkpoint
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError
-from dsmoe.files import write_json
+from dsmoe.files import write_json, write_text
+from dsmoe.trainer.dense_stage import find_stage, is_last_dense_step, stage_folder, take_log
 from dsmoe.trainer.differences import HARMLESS, POSITION, differences, with_defaults
 from dsmoe.trainer.log import RunLog
 from dsmoe.trainer.parallel import Replicated, Tensors
@@ -57,7 +58,7 @@ class Checkpointer:
     _saved_at: float = field(default_factory=time.monotonic)
 
     def begin(self) -> None:
-        """Resume from the newest intact checkpoint, or clear the folder for a fresh run.
+        """Resume from the newest intact checkpoint, or clear the folder for a fresh run, which may start from a stage.
 
         Raises:
             UserError: there is something to resume, and it is damaged or of another run.
@@ -79,6 +80,8 @@ class Checkpointer:
             UserError: the disk is full.
         """
         train, step = self.config.train, self.state.step
+        if is_last_dense_step(self.config, step):
+            self._keep_stage()
         late, number = self._agreed(time.monotonic() - self._saved_at > train.save_every_minutes * 60)
         if number:
             self.save()
@@ -95,10 +98,22 @@ class Checkpointer:
         """
         if self._saved_step == self.state.step:
             return
+        self._save_in(self.folder)
+        self._saved_step, self._saved_at = self.state.step, time.monotonic()
+
+    def _keep_stage(self) -> None:
+        """Write the checkpoint of the last dense step for other runs, unless there is one."""
+        folder = stage_folder(self.config, self.seed)
+        if folder is None or on_main(self.accelerator, lambda: self._stage() is not None):
+            return
+        self._save_in(folder)
+        if self.accelerator.is_main_process and self.log.path.exists():
+            write_text(folder / "log.jsonl", self.log.path.read_text(encoding="utf-8"))
+
+    def _save_in(self, folder: Path) -> None:
         weights = self.parallel.weights(self.model)
         moments = self.parallel.moments(self.optimizer)
-        on_main(self.accelerator, lambda: self._write(weights, moments))
-        self._saved_step, self._saved_at = self.state.step, time.monotonic()
+        on_main(self.accelerator, lambda: self._write(folder, weights, moments))
 
     def _agreed(self, late: bool) -> tuple[bool, int]:
         """Whether the main process finds it late, and a signal that any process received (0: none), told to all."""
@@ -109,7 +124,10 @@ class Checkpointer:
             flags = self.accelerator.reduce(told, reduction="sum").tolist()
         return flags[0] > 0, next((number for number, flag in zip(SIGNALS, flags[1:]) if flag > 0), 0)
 
-    def _write(self, weights: Tensors | None, moments: Tensors) -> None:
+    def _stage(self) -> Path | None:
+        return find_stage(self.config, self.seed, self.environment["corpus"])
+
+    def _write(self, folder: Path, weights: Tensors | None, moments: Tensors) -> None:
         record = {
             **self.state.record(),
             "samples": self.state.step * self.config.train.global_batch_size,
@@ -119,7 +137,7 @@ class Checkpointer:
         }
         self.log.sync()
         save_checkpoint(
-            self.folder, self.model, self.optimizer, record, self.state.tensors(), self.tokenizer_dir,
+            folder, self.model, self.optimizer, record, self.state.tensors(), self.tokenizer_dir,
             self.config.train.keep_last, weights, moments,
         )  # fmt: skip
 
@@ -134,12 +152,16 @@ class Checkpointer:
                     raise
                 print(f"warning: {error}; starting afresh, as --train.overwrite says", file=sys.stderr)
         if checkpoint is None:
+            stage = self._stage()
             # nothing to resume, or --train.overwrite: what is left here would later be taken for this run's
             (self.folder / "summary.json").unlink(missing_ok=True)
             for name in ("checkpoints", "final"):
                 discard(self.folder / name)
             (self.folder / "log.jsonl").unlink(missing_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
+            if stage is not None:
+                take_log(stage, self.folder)
+            return stage
         return checkpoint
 
     def _resume(self, checkpoint: Path) -> None:
@@ -151,12 +173,18 @@ class Checkpointer:
             raise UserError(f"{checkpoint}: was trained on another token folder than {self.config.data.path}")
         self.state.load(record, tensors)
         self._saved_step = self.state.step
-        for change in self._changes(checkpoint, record):
+        for change in self._changes(checkpoint, record) if self._is_own(checkpoint) else ():
             self.accelerator.print(f"warning: {change} since {checkpoint.name}")
         for change in differences(record["environment"], self.environment):
             self.accelerator.print(f"warning: {change}: losses may differ in the last bits")
         self.log.rewind(self.state.step)
-        self.accelerator.print(f"resuming {checkpoint.name}")
+        self.accelerator.print(
+            f"resuming {checkpoint.name}" if self._is_own(checkpoint) else f"starting from {checkpoint}"
+        )
+
+    def _is_own(self, checkpoint: Path) -> bool:
+        """Whether it is of this run, and not of a stage that `find_stage` found fit."""
+        return checkpoint.is_relative_to(self.folder)
 
     def _changes(self, checkpoint: Path, record: dict[str, Any]) -> list[str]:
         """What differs between the run that is resumed and this one; refuses what can't be gone on with."""

@@ -13,7 +13,7 @@ HARMLESS = frozenset(
         "output_dir", "resume", "overwrite", "seeds", "num_processes", "log_every_steps", "save_every_minutes",
         "save_every_steps", "keep_last", "trackers", "eval_every_tokens", "micro_batch_size", "num_threads", "sharding",
     )
-) | {"data.path", "name", "guard.max_consecutive", "guard.max_total"}  # fmt: skip
+) | {"data.path", "name", "guard.max_consecutive", "guard.max_total", "mask_phase.dense_stage"}  # fmt: skip
 
 # these say which sample a step reads: a run that went on with others would read text twice or not at all
 POSITION = ("train.global_batch_size", "data.sequence_length", "data.order_seed", "data.weights", "data.first_sample",

@@ -17,6 +17,11 @@ MISSED = 0.1
 Routing = dict[str, Any]  # keyword arguments of `use_routing`
 
 
+def first_masked_step(fraction: float, total_steps: int) -> int:
+    """The first step (from 0) of a mask phase of this share of the steps; `total_steps`: there is none."""
+    return math.ceil(total_steps * (1 - fraction))
+
+
 @dataclass
 class ThresholdController:
     """Closed loop: multiplies the threshold (on N * p) by exp(gain * relative error of the active share).
@@ -33,7 +38,7 @@ class ThresholdController:
 
     def active_at(self, step: int, total_steps: int) -> bool:
         """Whether a step belongs to the phase."""
-        return step >= total_steps * (1 - self.settings.fraction) and self.settings.fraction > 0
+        return step >= first_masked_step(self.settings.fraction, total_steps)
 
     def start(self, measure: Callable[[Sequence[float]], Sequence[float]]) -> None:
         """Called before every step of the phase, with what gives the thresholds of given shares on its batch."""

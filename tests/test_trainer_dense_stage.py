@@ -1,0 +1,115 @@
+"""Runs that differ in their mask phase alone share the steps before it, and end as if each had trained them."""
+
+import pytest
+import torch
+
+from dsmoe.trainer.loop import TrainingRun
+from dsmoe.trainer.mask_phase import first_masked_step
+
+# 8 steps, of which the last 4 are sparse
+PHASE = {"mask_phase__fraction": 0.5, "mask_phase__gain": 0.5}
+ARMS = {"half": {"mask_phase__target_active": 0.5}, "several": {"mask_phase__targets": [0.25, 0.5, 1.0]}}
+
+
+@pytest.fixture
+def steps(monkeypatch):
+    """The steps that runs take, in order."""
+    taken = []
+    one_step = TrainingRun._one_step
+
+    def noted(self, total):
+        taken.append(self.step)
+        return one_step(self, total)
+
+    monkeypatch.setattr(TrainingRun, "_one_step", noted)
+    return taken
+
+
+@pytest.fixture
+def stage(tmp_path):
+    return {**PHASE, "mask_phase__dense_stage": str(tmp_path / "stage"), "train__micro_batch_size": 4}
+
+
+@pytest.mark.parametrize("statistics", ["exact", "running"])
+def test_a_run_from_a_stage_is_the_run_alone_to_the_bit(train, steps, stage, capsys, statistics):
+    own = {"router_loss__mi_statistics": statistics}
+    alone = {
+        name: train(f"{name}-alone", **PHASE, **arm, **own, train__micro_batch_size=4)
+        for name, arm in ARMS.items()
+    }
+    steps.clear()
+    shared = {name: train(name, **stage, **arm, **own) for name, arm in ARMS.items()}
+    assert steps == [*range(8), *range(4, 8)]
+    assert "starting from" in capsys.readouterr().out
+    for name, run in shared.items():
+        assert run.status == alone[name].status == 0
+        assert run.log() == alone[name].log()
+        theirs = alone[name].weights()
+        for key, tensor in run.weights().items():
+            assert torch.equal(tensor, theirs[key]), key
+        cost = [one.summary()["training_flops"] for one in (run, alone[name])]
+        assert cost[0] == cost[1]
+    assert not torch.equal(*(run.weights()["model.embed_tokens.weight"] for run in shared.values()))
+
+
+def test_a_run_that_broke_off_goes_on_where_it_was(train, steps, stage, monkeypatch):
+    train("first", **stage, **ARMS["half"])
+    one_step = TrainingRun._one_step
+
+    def interrupted(self, total):
+        if self.step == 6:
+            raise KeyboardInterrupt
+        return one_step(self, total)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "_one_step", interrupted)
+        assert train("second", **stage, **ARMS["several"], train__save_every_steps=5).status == 130
+    steps.clear()
+    resumed = train("second", **stage, **ARMS["several"], train__resume=True)
+    assert (resumed.status, steps) == (0, [5, 6, 7])
+    assert len(resumed.losses()) == 8
+
+
+def test_seeds_have_stages_of_their_own(train, steps, stage):
+    train("first", **stage, train__seeds=[0])
+    steps.clear()
+    train("second", **stage, train__seeds=[1])
+    assert steps == list(range(8))
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"optim__learning_rate": 7e-4}, "optim.learning_rate was"),
+        ({"mask_phase__fraction": 0.25}, "it ends with step 4, and here the mask phase begins after 6"),
+    ],
+)
+def test_a_stage_of_another_run_is_refused(train, steps, stage, capsys, changed, words):
+    kept = train("first", **stage)
+    before = kept.log()
+    steps.clear()
+    run = train("second", **{**stage, **changed})
+    assert (run.status, steps) == (2, [])
+    error = capsys.readouterr().err
+    assert words in error and "name another folder" in error
+    assert not (run.folder / "log.jsonl").exists()
+    # nor is a run lost that stood where the refused one was to stand
+    assert train("first", **{**stage, **changed}, train__overwrite=True).status == 2
+    assert kept.log() == before
+
+
+@pytest.mark.parametrize("fraction", [0.0, 1.0])
+def test_without_dense_steps_and_masked_ones_there_is_no_stage(train, stage, capsys, fraction):
+    assert train("run", **{**stage, "mask_phase__fraction": fraction}).status == 2
+    assert f"mask_phase.fraction {fraction:g}" in capsys.readouterr().err
+
+
+def test_the_phase_begins_where_its_share_of_the_steps_does():
+    assert [first_masked_step(fraction, 10) for fraction in (0.0, 0.05, 0.1, 0.25, 0.4, 1.0)] == [
+        10,
+        10,
+        9,
+        8,
+        6,
+        0,
+    ]
