@@ -521,7 +521,7 @@ def test_runs_that_differ_in_their_mask_phase_share_the_steps_before_it(tmp_path
     stages = {run.name: shared_stage(found, run) for run in found.runs}
     assert stages["third-s0"] == stages["half-s0"]
     assert {name for name, stage in stages.items() if stage} == {"third-s0", "half-s0"}
-    run = found.runs[0]
+    run = next(run for run in found.runs if run.name == "third-s0")
     words = arguments(found, run, tmp_path / "runs", threads=0)
     assert words[words.index("--mask_phase.dense_stage") + 1] == str(
         tmp_path / "runs" / STAGES / stages["third-s0"]
