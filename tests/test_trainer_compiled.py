@@ -170,6 +170,37 @@ def test_a_run(train, traced):
     assert run.weights().keys() == plain.weights().keys()
 
 
+@pytest.mark.parametrize("spoil", [0.0, float("nan")])
+def test_a_compiler_that_is_wrong_is_refused(train, monkeypatch, capsys, spoil):
+    """No gradient, or none that is a number, for what one piece of the model computes."""
+
+    def compile(function, **given):
+        if function.__name__ != "mix":
+            return function
+        return lambda *given, **named: _spoiled(function(*given, **named), spoil)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    run = train("run", train__compile=True)
+    assert run.status == 2
+    error = capsys.readouterr().err
+    assert "gets the gradient of" in error and "train.compile false" in error
+    assert not (run.folder / "final").exists()
+
+
+def _spoiled(found, factor):
+    first, *others = found if isinstance(found, tuple) else (found,)
+    first = first.detach() + (first - first.detach()) * factor
+    return (first, *others) if isinstance(found, tuple) else first
+
+
+def test_the_check_leaves_a_run_as_it_was(train, traced, monkeypatch):
+    """But for the last bits, which the place of a tensor in memory decides."""
+    runs = [train("checked", train__compile=True)]
+    monkeypatch.setattr(compiled, "check_compiled", lambda *given: None)
+    runs.append(train("unchecked", train__compile=True))
+    assert runs[0].losses() == pytest.approx(runs[1].losses(), rel=1e-6)
+
+
 def test_eager_attention(train, traced):
     """The same losses but for rounding, compiled or not."""
     plain = train("plain", train__total_tokens=4 * 128)

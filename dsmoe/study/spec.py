@@ -41,12 +41,8 @@ from dsmoe.study.curves import AXES, Curve
 KEYS = {"name", "title", "conclusion", "config", "settings", "groups", "pairs", "curves", "also"}
 # the study says these of each run; a setting of them would be silently set aside
 OWN_SETTINGS = (
-    "train.seeds",
-    "train.output_dir",
-    "train.resume",
-    "train.overwrite",
-    "mask_phase.dense_stage",
-)
+    "train.seeds", "train.output_dir", "train.resume", "train.overwrite", "mask_phase.dense_stage",
+)  # fmt: skip
 GROUP_KEYS = {"settings", "grid", "seeds"}
 CURVE_KEYS = {"pair", "against", "points"}
 
@@ -178,9 +174,9 @@ def check_setting(name: str, place: str) -> None:
 
 
 def _list(value: Any, place: str) -> list[Any]:
-    if value is not None and not isinstance(value, list):
-        raise UserError(f"{place} is {value!r}; it must be a list")
-    return value or []
+    if isinstance(value, list | None):
+        return value or []
+    raise UserError(f"{place} is {value!r}; it must be a list")
 
 
 def _group_runs(name: str, group: dict[str, Any], shared: dict[str, Any], path: str) -> list[StudyRun]:

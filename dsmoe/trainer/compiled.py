@@ -8,14 +8,17 @@ written: their thresholds move with every step, and each would be compiled anew.
 import functools
 import os
 from collections.abc import Collection, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor, nn
 
 from dsmoe.config.run import TrainSettings
 from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM
+from dsmoe.trainer.compile_check import check_compiled
+from dsmoe.trainer.parallel import Tensors
 
 _LAUNCHER = "ACCELERATE_DYNAMO_BACKEND"
 # routers read their layer's policy, so half a layer has a graph of its own, with gradients and without
@@ -93,6 +96,29 @@ class CompiledModel:
         """Inside, what routes runs without the compiler, which would compile it anew for every threshold."""
         routed = self._model.config.num_attention_experts > 1
         return self.as_written(("attend", "mix") if routed else ("mix",))
+
+    def check(self, batch: Tensors, accelerator: Accelerator) -> None:
+        """Compare the compiled model's gradients on a micro-batch with those of the model as written.
+
+        Raises:
+            UserError: they are others.
+        """
+        check_compiled(self._model, self.as_written, batch, accelerator)
+
+
+class Uncompiled:
+    """The same of a model that no compiler has touched."""
+
+    def as_written(self) -> AbstractContextManager[None]:
+        """As it is anyway."""
+        return nullcontext()
+
+    def moving_thresholds(self) -> AbstractContextManager[None]:
+        """As it is anyway."""
+        return nullcontext()
+
+    def check(self, batch: Tensors, accelerator: Accelerator) -> None:
+        """Nothing to compare."""
 
 
 @functools.cache

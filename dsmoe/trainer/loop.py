@@ -3,8 +3,6 @@
 import dataclasses
 import json
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +24,7 @@ from dsmoe.model import use_routing
 from dsmoe.model.kernels import selected_kernel
 from dsmoe.optim import build_optimizer, learning_rate_factor, loss_coefficient_factor
 from dsmoe.trainer.checkpointer import Checkpointer
-from dsmoe.trainer.compiled import CompiledModel
+from dsmoe.trainer.compiled import CompiledModel, Uncompiled
 from dsmoe.trainer.cost import sizes_and_cost
 from dsmoe.trainer.distillation import Distiller
 from dsmoe.trainer.first_thresholds import first_thresholds
@@ -68,11 +66,9 @@ class TrainingRun:
         model, optimizer, self.raw_optimizer = self.parallel.prepare(
             self.raw_model, lambda model: build_optimizer(model, config.optim)
         )
-        self.as_written: Callable[[], AbstractContextManager] = nullcontext
-        self.moving_thresholds: Callable[[], AbstractContextManager] = nullcontext
-        if config.train.compile:
-            compiled = CompiledModel(self.raw_model, accelerator.device.type)
-            self.as_written, self.moving_thresholds = compiled.as_written, compiled.moving_thresholds
+        self.compiled = (
+            CompiledModel(self.raw_model, accelerator.device.type) if config.train.compile else Uncompiled()
+        )
         running = None
         if config.router_loss.mi_statistics == "running":
             running = RunningMean(config.router_loss.mi_running_decay)
@@ -141,6 +137,9 @@ class TrainingRun:
         """Train to the end, after `begin`; returns the summary that also stands in summary.json."""
         config, total = self.config, self.config.total_steps
         eval_every = max(1, config.train.eval_every_tokens // config.tokens_per_step)
+        # a step of the mask phase would leave the compiler little to be wrong in
+        if self.step < total and self.parallel.holds_all and not self.controller.active_at(self.step, total):
+            self.compiled.check(self._batches()[0], self.accelerator)
         self._restart_clock()
         with tqdm(total=total, initial=self.step, disable=not self.accelerator.is_main_process, unit="step",
                   desc=f"{config.name} seed {self.seed}", dynamic_ncols=True, smoothing=0.1) as bar:  # fmt: skip
@@ -175,10 +174,10 @@ class TrainingRun:
     def _masked_step(self, batches: list[dict[str, torch.Tensor]], mi_factor: float) -> StepResult:
         """A step of the mask phase."""
         controller, before = self.controller, self.controller.state()
-        with self.as_written():
+        with self.compiled.as_written():
             controller.start(lambda shares: first_thresholds(self.stepper, batches, shares))
         routing = controller.routing(self.step, self.raw_model.config.num_experts)
-        with self.moving_thresholds(), use_routing(self.raw_model, **routing):
+        with self.compiled.moving_thresholds(), use_routing(self.raw_model, **routing):
             result = self.stepper.step(batches, mi_factor)
             if result.skipped is None:
                 self.state.masked.add(self.raw_model.config, result.statistics)
@@ -234,7 +233,7 @@ class TrainingRun:
         self._restart_clock()
 
     def _validate(self) -> dict[str, Any]:
-        with self.as_written():
+        with self.compiled.as_written():
             found = self.validator.validate(self.controller)
         self.log.write({"step": self.step, "tokens": self.step * self.config.tokens_per_step, **found})
         self._restart_clock()
@@ -265,7 +264,7 @@ class TrainingRun:
         if missed:
             self.accelerator.print(missed)
         measured = self.validator.measured
-        with self.as_written():
+        with self.compiled.as_written():
             tested = self.validator.test(self.controller)
         summary: dict[str, Any] = {
             "name": self.config.name,

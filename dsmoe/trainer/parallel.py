@@ -21,7 +21,13 @@ Tensors = dict[str, Tensor]
 
 
 class Replicated:
-    """Every process holds the whole model (a single process, or DDP)."""
+    """Every process holds the whole model (a single process, or DDP).
+
+    Attributes:
+        holds_all: whether a process may call the bare model outside a step.
+    """
+
+    holds_all = True
 
     def __init__(self, accelerator: Accelerator) -> None:
         self.accelerator = accelerator

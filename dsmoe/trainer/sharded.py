@@ -22,6 +22,8 @@ from dsmoe.trainer.parallel import Replicated, Tensors, cast_forwards
 class Sharded(Replicated):
     """Every process holds a part of each parameter, its gradient and its moments (torch's `fully_shard`)."""
 
+    holds_all = False
+
     def __init__(self, accelerator: Accelerator, precision: str = "f32") -> None:
         super().__init__(accelerator)
         self.precision = precision

@@ -31,6 +31,8 @@ class Zero(Replicated):
         precision: "f32" or "bf16" (autocast; weights stay float32).
     """
 
+    holds_all = False
+
     def __init__(self, accelerator: Accelerator, precision: str = "f32") -> None:
         super().__init__(accelerator)
         self.precision = precision
