@@ -48,7 +48,7 @@ def test_differences_are_paired_by_seed():
     assert more["mean"] == pytest.approx(0.1) and more["stderr"] is None and more["seeds"] == [0]
     assert set(found["dsmoe_minus_smoe"]) == {"0.25"}
     shown = table({"runs": ROWS, "summary": found})
-    assert "| DS-MoE - SMoE, 25.0%" in shown and "tie" in shown and "+0.1100 ± 0.0100" in shown
+    assert "| dsmoe-a - SMoE, 25.0%" in shown and "tie" in shown and "+0.1100 ± 0.0100" in shown
 
 
 def test_without_partners():
@@ -95,6 +95,39 @@ def test_only_models_of_equal_size_and_tokens_are_compared():
     )
     assert alone["arms"]["dense"] is None and alone["dsmoe_gap_to_dense"] is None
     assert alone["dsmoe_minus_smoe"] == {}
+
+
+def test_one_model_for_all_budgets_stands_beside_the_best_at_each():
+    def trained(*given):
+        return {**row(*given), "trained": True}
+
+    rows = [
+        row("dense", "dense", 1.0, 0, 3.0),
+        row("smoe-a", "smoe", 0.25, 0, 3.3),
+        row("smoe-b", "smoe", 0.34, 0, 3.2),
+        trained("quarter", "dsmoe", 0.25, 0, 3.1),
+        trained("third", "dsmoe", 0.34, 0, 2.9),
+        # of a share that it was not trained for
+        row("third", "dsmoe", 0.25, 0, 3.5),
+        trained("any", "dsmoe", 0.25, 0, 3.2),
+        trained("any", "dsmoe", 0.34, 0, 3.1),
+    ]
+    found = summarise(rows)
+    assert found["arms"] == {"dense": "dense", "dsmoe": "third"}
+    assert found["dsmoe_gap_to_dense"]["mean"] == pytest.approx(-0.1)
+    pairs = found["dsmoe_minus_smoe"]
+    assert [pairs[budget]["arm"] for budget in ("0.25", "0.34")] == ["quarter", "third"]
+    assert [pairs[budget]["mean"] for budget in ("0.25", "0.34")] == pytest.approx([-0.2, -0.3])
+    one = found["one_model"]
+    assert one["arms"]["dsmoe"] == "any" and one["dsmoe_gap_to_dense"]["mean"] == pytest.approx(0.1)
+    assert [one["dsmoe_minus_smoe"][budget]["mean"] for budget in ("0.25", "0.34")] == pytest.approx(
+        [-0.1, -0.1]
+    )
+    shown = table({"runs": rows, "summary": found})
+    assert "| any - dense " in shown and "| third - dense " in shown and "| any - SMoE, 25.0% " in shown
+    # where it is the only DS-MoE it is that of the main part
+    alone = summarise([one for one in rows if one["arm"] not in ("quarter", "third")])
+    assert alone["arms"]["dsmoe"] == "any" and "one_model" not in alone
 
 
 def test_flops_in_the_table_are_means_over_seeds():
@@ -183,6 +216,27 @@ def test_the_share_of_an_smoe_is_that_of_its_layers(tiny_model, tmp_path):
     summary["config"]["model"]["mlp_routing"] = {"policy": "threshold", "threshold": 0.5}
     (tmp_path / "a" / "summary.json").write_text(json.dumps(summary))
     assert budgets._trained_shares(tmp_path, [StudyRun("a", "a", {}, 0, {})]) == {}
+
+
+def test_a_model_is_judged_where_it_was_trained(train, held_out_corpus_dir, tmp_path, capsys):
+    """Without --shares: a mask phase's own shares; of a model without one, the usual ones and the SMoE's."""
+    arms = {
+        "steered": {"mask_phase.fraction": 0.5, "mask_phase.target_active": 0.75},
+        "dense-only": {},
+        "smoe": {"model.kind": "smoe", "model.mlp_routing": {"policy": "top_k", "k": 3}},
+    }
+    (tmp_path / "toy.yaml").write_text(yaml.safe_dump({"groups": {name: {} for name in arms}}))
+    for name, settings in arms.items():
+        given = {"data.path": str(held_out_corpus_dir), "train.total_tokens": 512, **settings}
+        assert train(f"{name}-s0", **given).status == 0
+    capsys.readouterr()
+    words = [str(tmp_path / "toy.yaml"), "--output", str(tmp_path), "--data", str(held_out_corpus_dir), "--json", "-",
+             "--tokens", "200", "--calibration-tokens", "200", "--sequence-length", "16"]  # fmt: skip
+    assert budgets.main(words) == 0
+    shares = {}
+    for one in json.loads(capsys.readouterr().out)["runs"]:
+        shares.setdefault(one["arm"], set()).add(one["budget"])
+    assert shares == {"steered": {1.0, 0.75}, "dense-only": {1.0, 0.25, 0.35, 0.5, 0.75}, "smoe": {0.75}}
 
 
 def test_a_study(train, held_out_corpus_dir, tmp_path, capsys, monkeypatch):

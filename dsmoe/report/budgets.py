@@ -1,8 +1,8 @@
 """The models of a study at several active shares: `python eval/measure_budgets.py STUDY.yaml --output FOLDER`.
 
-A DS-MoE is one model for all shares. At those that its mask phase was steered to it runs with the thresholds that
-training ended with; for the others policies are chosen on the validation split, as `dsmoe sparsify` does it. An SMoE
-runs as it was trained, and so has one share; a dense model has share 1.
+A DS-MoE can run at any share. It is judged at those that its mask phase was steered to, with the thresholds that
+training ended with; at others (`--shares`, or where there was no such phase) policies are chosen on the validation split,
+as `dsmoe sparsify` does it. An SMoE runs as it was trained, and so has one share; a dense model has share 1.
 """
 
 import argparse
@@ -46,6 +46,7 @@ The output folder is that of train/study.py. What was measured of a run is kept 
 call measures new runs only.
 """
 BATCH_SIZE = 16
+SHARES = (0.15, 0.25, 0.35, 0.5)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -60,8 +61,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--data", type=Path, required=True, metavar="FOLDER", help="token folder")
     parser.add_argument(
-        "--shares", type=_shares, default=[0.15, 0.25, 0.35, 0.5], metavar="LIST",
-        help="active shares of a DS-MoE, besides those of the study's SMoEs of as many experts (default: .15,.25,.35,.5)",
+        "--shares", type=_shares, metavar="LIST",
+        help="active shares of every DS-MoE, besides those of the study's SMoEs of as many experts (default: those that "
+        "its mask phase was steered to; without such a phase .15,.25,.35,.5)",
     )  # fmt: skip
     parser.add_argument(
         "--tokens", type=int, default=200_000, help="of each split to judge on (default: %(default)s)"
@@ -105,9 +107,12 @@ def run(args: argparse.Namespace, words: str) -> None:
     trained = _trained_shares(args.output, study.runs)
     rows = []
     for one in tqdm(finished, desc="runs", unit="run"):
-        num_experts = read_json(args.output / one.name / "summary.json")["config"]["model"]["num_experts"]
-        shares = sorted({*args.shares, *trained.get(num_experts, ())})
-        rows += measured_rows(one, args.output / one.name, texts, shares)
+        summary = read_json(args.output / one.name / "summary.json")
+        shares = set(trained_policies(summary))
+        if args.shares or not shares:
+            num_experts = summary["config"]["model"]["num_experts"]
+            shares |= {*(args.shares or SHARES), *trained.get(num_experts, ())}
+        rows += measured_rows(one, args.output / one.name, texts, sorted(shares))
     results = {"runs": rows, "summary": summarise(rows), "texts": texts.descriptions, **describe()}
     report = table(results)
     if args.json and args.json != "-":

@@ -19,33 +19,49 @@ SAME_SIZE = 0.05  # models whose total parameters differ by at most that share a
 def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     """The paired differences on the test split that decide between the kinds.
 
-    An arm that stands against others of its kind is chosen by its validation loss, on what all of them were judged at.
-    A DS-MoE is compared with models of its total size (within 5%) only. Differences are taken seed by seed.
+    An arm that stands against others of its kind is chosen by its validation loss, on what all of them were judged at; of
+    DS-MoEs the best at each budget. A DS-MoE is compared with models of its total size (within 5%) only. Differences are
+    taken seed by seed.
 
     Args:
         rows: of `dsmoe.report.budgets.measured_rows`.
 
     Returns:
         "arms": {"dense" (the twin: as many tokens, of the sizes within 5% the closest), "dsmoe": name or None};
-        "dsmoe_gap_to_dense": of the largest share up to 0.36, and "dsmoe_minus_smoe": by budget, against the SMoE of
-        that share with as many tokens, each {"mean", "stderr", "interval", "seeds", "mlp_active_fraction"};
-        "dsmoe_minus_smoe_of_more_tokens": likewise, against SMoEs that were given more. Parts without a pair are missing
-        (None for the first).
+        "dsmoe_gap_to_dense": of the largest share up to 0.36, and "dsmoe_minus_smoe" by budget, against the SMoE of
+        that share with as many tokens, each {"arm", "mean", "stderr", "interval", "seeds", "mlp_active_fraction"};
+        "dsmoe_minus_smoe_of_more_tokens": likewise, against SMoEs that were given more; "one_model": the same four of
+        the best DS-MoE that was trained for several budgets, where there are other DS-MoEs. Parts without a pair are
+        missing (None for the first).
     """
-    ours = _best([row for row in rows if row["kind"] == "dsmoe" and row["budget"] <= MOST_ACTIVE])
-    own = [row for row in rows if row["kind"] == "dsmoe" and row["arm"] == ours]
-    twins = _dense_twins(rows, own)
+    sparse = [row for row in rows if row["kind"] == "dsmoe" and row["budget"] < 1]
+    found = _against_others(rows, sparse)
+    trained: dict[str, set[float]] = defaultdict(set)
+    for row in sparse:
+        if row.get("trained"):
+            trained[row["arm"]].add(row["budget"])
+    several = [row for row in sparse if len(trained[row["arm"]]) > 1]
+    if several and len({row["arm"] for row in sparse}) > 1:
+        best = _best(several)
+        found["one_model"] = _against_others(rows, [row for row in several if row["arm"] == best])
+    return found
+
+
+def _against_others(rows: Sequence[Row], sparse: Sequence[Row]) -> dict[str, Any]:
+    """What `summarise` says of these rows of DS-MoEs."""
+    own = {}
+    for budget in sorted({row["budget"] for row in sparse}):
+        best = _best(_at(sparse, budget))
+        own[budget] = [row for row in _at(sparse, budget) if row["arm"] == best]
+    third = max((budget for budget in own if budget <= MOST_ACTIVE), default=None)
+    ours = own[third] if third is not None else []
+    twins = _dense_twins(rows, ours)
     dense = _best(twins)
-    budgets = sorted({row["budget"] for row in own if row["budget"] < 1})
-    third = max((budget for budget in budgets if budget <= MOST_ACTIVE), default=None)
-    found: dict[str, Any] = {"arms": {"dense": dense, "dsmoe": ours}, "dsmoe_gap_to_dense": None}
-    found |= {"dsmoe_minus_smoe": {}, "dsmoe_minus_smoe_of_more_tokens": {}}
-    if third is not None and dense is not None:
-        found["dsmoe_gap_to_dense"] = _difference(
-            _at(own, third), [row for row in twins if row["arm"] == dense]
-        )
-    for budget in budgets:
-        at = _at(own, budget)
+    found: dict[str, Any] = {"arms": {"dense": dense, "dsmoe": ours[0]["arm"] if ours else None}}
+    found |= {"dsmoe_gap_to_dense": None, "dsmoe_minus_smoe": {}, "dsmoe_minus_smoe_of_more_tokens": {}}
+    if ours and dense is not None:
+        found["dsmoe_gap_to_dense"] = _difference(ours, [row for row in twins if row["arm"] == dense])
+    for budget, at in own.items():
         smoes = [row for row in rows if row["kind"] == "smoe" and abs(row["budget"] - budget) < 1e-6]
         smoes = [row for row in smoes if _distance(row, at[0]) <= SAME_SIZE]
         tokens = at[0]["tokens"]
@@ -107,6 +123,7 @@ def _difference(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any] |
     differences = spread([row["test_loss"] - other[row["seed"]] for row in common])
     active = sum(row["mlp_active_fraction"] for row in common) / len(common)
     return {
+        "arm": common[0]["arm"],
         **{name: differences[name] for name in ("mean", "stderr", "interval")},
         "seeds": [row["seed"] for row in common],
         "mlp_active_fraction": active,
@@ -132,7 +149,22 @@ def table(results: Row) -> str:
         )  # fmt: skip
     header = ["arm", "budget", "MLP active", "seeds", "total", "tokens", "FLOPs", "minutes", "validation loss",
               "test loss"]  # fmt: skip
-    summary = results["summary"]
+    pairs = _pairs(results["summary"])
+    if "one_model" in results["summary"]:
+        pairs += [pair for pair in _pairs(results["summary"]["one_model"]) if pair not in pairs]
+    text = markdown_table(header, lines)
+    if pairs:
+        text += "\n\n" + markdown_table(
+            ["difference on test", "MLP active", "seeds", "nats per token", "95% interval", ""], pairs
+        )
+    arms = defaultdict(list)
+    for row in results["runs"]:
+        arms[row["arm"]].append(row)
+    return text + "".join(f"\n\n{note}" for note in flops_notes(arms.items()))
+
+
+def _pairs(summary: Row) -> list[list[str]]:
+    """The rows of differences of `_against_others`."""
     pairs = []
     if summary["dsmoe_gap_to_dense"]:
         pairs.append(
@@ -146,19 +178,11 @@ def table(results: Row) -> str:
         ("dsmoe_minus_smoe_of_more_tokens", "SMoE with more tokens"),
     ):
         pairs += [
-            [f"DS-MoE - {words}, {float(budget):.1%}", *_cells(pair)]
+            [f"{pair['arm']} - {words}, {float(budget):.1%}", *_cells(pair)]
             for budget, pair in summary[name].items()
             if pair
         ]
-    text = markdown_table(header, lines)
-    if pairs:
-        text += "\n\n" + markdown_table(
-            ["difference on test", "MLP active", "seeds", "nats per token", "95% interval", ""], pairs
-        )
-    arms = defaultdict(list)
-    for row in results["runs"]:
-        arms[row["arm"]].append(row)
-    return text + "".join(f"\n\n{note}" for note in flops_notes(arms.items()))
+    return pairs
 
 
 def _cells(pair: Row) -> list[str]:
