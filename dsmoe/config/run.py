@@ -113,7 +113,8 @@ class TrainSettings:
         total_tokens: tokens to train on.
         global_batch_size: sequences per optimiser step over all processes.
         micro_batch_size: sequences per forward and process; the rest is accumulation.
-        precision: "f32", or "bf16" (autocast; weights stay float32).
+        precision: "f32", or "bf16" (autocast; weights stay float32; many times slower on CPUs without instructions
+            for it, where the run says so).
         float32_matmul: "auto" (oneDNN's fast mode on CPUs where a probe finds it accurate) or "strict".
         attention: implementation of the attention core, as transformers names it. "sdpa": torch's fused one; "eager":
             plain products, which keep all scores for the backward pass and are faster for short sequences on CPU,

@@ -13,6 +13,7 @@ from dsmoe.allocator import keep_freed_memory
 from dsmoe.config.run import RunConfig
 from dsmoe.environment import tell_deepspeed
 from dsmoe.errors import UserError
+from dsmoe.trainer.bf16_speed import bf16_note
 from dsmoe.trainer.compiled import settle_compile
 from dsmoe.trainer.zero_setup import (
     STAGES,
@@ -72,6 +73,9 @@ def start(config: RunConfig) -> Accelerator:
             f"note: {torch.get_num_threads()} thread(s) a process leave {idle} core(s) idle; `accelerate launch` starts "
             "with one thread unless told --num_cpu_threads_per_process (or --train.num_threads) otherwise"
         )
+    note = bf16_note(config.train.precision, on_cpu)
+    if note:
+        accelerator.print(note)
     return accelerator
 
 
