@@ -1,6 +1,7 @@
 """Models of a study at several active shares: against losses worked out here, and with trained tiny models."""
 
 import json
+import shutil
 
 import pytest
 import yaml
@@ -10,7 +11,8 @@ from dsmoe.records import write_record
 from dsmoe.report import budgets
 from dsmoe.report.budgets_table import summarise, table
 from dsmoe.report.trained_policies import trained_policies
-from dsmoe.study.spec import StudyRun
+from dsmoe.study.launcher import identity
+from dsmoe.study.spec import StudyRun, read_study
 
 
 def row(arm, kind, budget, seed, loss, tokens=100, validation=None, total=1000):
@@ -48,7 +50,7 @@ def test_differences_are_paired_by_seed():
     assert more["mean"] == pytest.approx(0.1) and more["stderr"] is None and more["seeds"] == [0]
     assert set(found["dsmoe_minus_smoe"]) == {"0.25"}
     shown = table({"runs": ROWS, "summary": found})
-    assert "| dsmoe-a - SMoE, 25.0%" in shown and "tie" in shown and "+0.1100 ± 0.0100" in shown
+    assert "| dsmoe-a - smoe-k4, 25.0%" in shown and "| dsmoe-a - more tokens: flops, 25.0%" in shown and "tie" in shown and "+0.1100 ± 0.0100" in shown
 
 
 def test_without_partners():
@@ -97,7 +99,7 @@ def test_only_models_of_equal_size_and_tokens_are_compared():
     assert alone["dsmoe_minus_smoe"] == {}
 
 
-def test_one_model_for_all_budgets_stands_beside_the_best_at_each():
+def test_models_for_several_budgets_stand_beside_the_best_at_each():
     def trained(*given):
         return {**row(*given), "trained": True}
 
@@ -111,6 +113,8 @@ def test_one_model_for_all_budgets_stands_beside_the_best_at_each():
         row("third", "dsmoe", 0.25, 0, 3.5),
         trained("any", "dsmoe", 0.25, 0, 3.2),
         trained("any", "dsmoe", 0.34, 0, 3.1),
+        trained("both", "dsmoe", 0.25, 0, 3.4),
+        trained("both", "dsmoe", 0.34, 0, 3.3),
     ]
     found = summarise(rows)
     assert found["arms"] == {"dense": "dense", "dsmoe": "third"}
@@ -118,16 +122,25 @@ def test_one_model_for_all_budgets_stands_beside_the_best_at_each():
     pairs = found["dsmoe_minus_smoe"]
     assert [pairs[budget]["arm"] for budget in ("0.25", "0.34")] == ["quarter", "third"]
     assert [pairs[budget]["mean"] for budget in ("0.25", "0.34")] == pytest.approx([-0.2, -0.3])
-    one = found["one_model"]
-    assert one["arms"]["dsmoe"] == "any" and one["dsmoe_gap_to_dense"]["mean"] == pytest.approx(0.1)
-    assert [one["dsmoe_minus_smoe"][budget]["mean"] for budget in ("0.25", "0.34")] == pytest.approx(
-        [-0.1, -0.1]
+    assert {budget: pair["mean"] for budget, pair in found["dsmoe_minus_dense"].items()} == pytest.approx(
+        {"0.25": 0.1, "0.34": -0.1}
     )
+    assert list(found["several_budgets"]) == ["any", "both"]
+    for arm, lost in (("any", 0.0), ("both", 0.2)):
+        one = found["several_budgets"][arm]
+        assert one["arms"]["dsmoe"] == arm and one["dsmoe_gap_to_dense"]["mean"] == pytest.approx(0.1 + lost)
+        assert [one["dsmoe_minus_dense"][budget]["mean"] for budget in ("0.25", "0.34")] == pytest.approx(
+            [0.2 + lost, 0.1 + lost]
+        )
+        assert [one["dsmoe_minus_smoe"][budget]["mean"] for budget in ("0.25", "0.34")] == pytest.approx(
+            [-0.1 + lost, -0.1 + lost]
+        )
     shown = table({"runs": rows, "summary": found})
-    assert "| any - dense " in shown and "| third - dense " in shown and "| any - SMoE, 25.0% " in shown
+    for name in ("any - dense, 34.0%", "third - dense, 34.0%", "any - smoe-a, 25.0%", "both - smoe-b, 34.0%"):
+        assert shown.count(f"| {name} ") == 1
     # where it is the only DS-MoE it is that of the main part
-    alone = summarise([one for one in rows if one["arm"] not in ("quarter", "third")])
-    assert alone["arms"]["dsmoe"] == "any" and "one_model" not in alone
+    alone = summarise([one for one in rows if one["arm"] not in ("quarter", "third", "both")])
+    assert alone["arms"]["dsmoe"] == "any" and "several_budgets" not in alone
 
 
 def test_flops_in_the_table_are_means_over_seeds():
@@ -143,7 +156,7 @@ def test_a_record_is_not_replaced_by_less_or_by_another_kind(tmp_path, capsys):
     """All of it before anything is measured: there is no text and no model here."""
     (tmp_path / "toy.yaml").write_text("groups: {dense: {seeds: [0, 1]}}")
     (tmp_path / "runs" / "dense-s0").mkdir(parents=True)
-    (tmp_path / "runs" / "dense-s0" / "summary.json").write_text("{}")
+    (tmp_path / "runs" / "dense-s0" / "summary.json").write_text('{"seed": 0, "environment": {}}')
     record, results = tmp_path / "record", tmp_path / "results.json"
     words = [
         str(tmp_path / "toy.yaml"),
@@ -156,7 +169,7 @@ def test_a_record_is_not_replaced_by_less_or_by_another_kind(tmp_path, capsys):
     ]
     both = {"runs": [row("dense", "dense", 1.0, seed, 3.0) for seed in (0, 1)]}
     for content, said in (
-        (both, "holds 1 run(s) that are not finished in --output, the first seed 1 of dense"),
+        (both, "holds 1 run(s) that are not finished in --output and not of the study's settings, the first seed 1 of dense"),
         ({"name": "study", "runs": [{"name": "dense-s0"}]}, "not of this command"),
         ([], "not of this command"),
     ):
@@ -168,6 +181,52 @@ def test_a_record_is_not_replaced_by_less_or_by_another_kind(tmp_path, capsys):
     (record / "precious").mkdir()
     assert budgets.main(words) == 2 and "is no record" in capsys.readouterr().err
     assert (record / "precious").is_dir()
+
+
+def test_a_record_keeps_the_runs_whose_folders_are_gone(train, held_out_corpus_dir, tmp_path, capsys):
+    """Made from two folders in turn it is that of both together; with other samples or settings it stays as it is."""
+    groups = {"dense": {"settings": {"model.kind": "dense", "model.num_experts": 1}}, "dsmoe": {"seeds": [0, 1]}}
+    study_file, record = tmp_path / "toy.yaml", tmp_path / "record"
+    common = {"data.path": str(held_out_corpus_dir), "train.total_tokens": 512}
+    study_file.write_text(yaml.safe_dump({"name": "toy", "settings": common, "groups": groups}))
+    study = read_study(study_file)
+    for run in study.runs:
+        assert train(run.name, **run.settings, **{"train.seeds": [run.seed]}).status == 0
+        (tmp_path / run.name / "study.json").write_text(json.dumps(identity(study, run)))
+
+    def measure(output, *more):
+        return budgets.main([str(study_file), "--output", str(output), "--data", str(held_out_corpus_dir), "--record",
+                             str(record), "--calibration-tokens", "200", "--sequence-length", "16", "--shares", ".5",
+                             "--tokens", *(more or ("200",))])  # fmt: skip
+
+    assert measure(tmp_path) == 0
+    whole = json.loads((record / "results.json").read_text())
+    shutil.rmtree(record)
+    for half, names in (("one", ["dense-s0", "dsmoe-s0"]), ("two", ["dsmoe-s1"])):
+        for name in names:
+            (tmp_path / half).mkdir(exist_ok=True)
+            (tmp_path / name).rename(tmp_path / half / name)
+    assert measure(tmp_path / "one") == 0
+    assert "PARTIAL: 1 of 3 runs are missing" in (record / "README.md").read_text()
+    capsys.readouterr()
+    assert measure(tmp_path / "two", "150") == 2
+    assert "holds 2 run(s) that are not finished in --output and were judged on other samples" in (
+        capsys.readouterr().err
+    )
+    assert measure(tmp_path / "two") == 0
+    joined = json.loads((record / "results.json").read_text())
+    assert joined["runs"] == whole["runs"] and joined["summary"] == whole["summary"]
+    assert "PARTIAL" not in (record / "README.md").read_text()
+    # nothing here, all of it in the record
+    assert measure(tmp_path / "none") == 0
+    assert json.loads((record / "results.json").read_text())["runs"] == whole["runs"]
+    # the study is another one now
+    groups["dsmoe"]["settings"] = {"optim.learning_rate": 0.5}
+    study_file.write_text(yaml.safe_dump({"name": "toy", "settings": common, "groups": groups}))
+    capsys.readouterr()
+    assert measure(tmp_path / "none") == 2
+    assert "holds 2 run(s)" in capsys.readouterr().err
+    assert json.loads((record / "results.json").read_text())["runs"] == whole["runs"]
 
 
 def test_what_a_mask_phase_was_steered_to():

@@ -28,13 +28,16 @@ from dsmoe.environment import describe
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import read_json, write_json
 from dsmoe.model import DSMoEForCausalLM
-from dsmoe.records import check_record_folder, write_record
+from dsmoe.records import write_record
+from dsmoe.report.budgets_kept import kept_budgets
 from dsmoe.report.budgets_table import budgets_plot, summarise, table
 from dsmoe.report.token_losses import token_losses
 from dsmoe.report.trained_policies import trained_policies
 from dsmoe.sparsify.calibrate import calibrate
 from dsmoe.sparsify.calibration import CalibrationText, sample_corpus
 from dsmoe.sparsify.compare import Policies, reference_policies
+from dsmoe.study.kept import digest
+from dsmoe.study.launcher import is_finished
 from dsmoe.study.spec import Study, StudyRun, read_study
 
 EPILOG = """examples:
@@ -80,8 +83,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--json", metavar="FILE", help="write the results to a file; - for stdout")
     parser.add_argument(
-        "--record", type=Path, metavar="DIR", help="also write a record (replaces an earlier one)"
-    )
+        "--record", type=Path, metavar="DIR",
+        help="also write a record; what an earlier one there holds of runs that are not in the output folder stays",
+    )  # fmt: skip
     args = parser.parse_args(argv)
     return run_reporting_errors(lambda: run(args, " ".join(argv if argv is not None else sys.argv[1:])))
 
@@ -90,35 +94,38 @@ def run(args: argparse.Namespace, words: str) -> None:
     """Measure what isn't yet, and report; raises UserError on bad input."""
     study = read_study(args.study)
     finished = [
-        run
-        for run in study.runs
-        if (args.output / run.name / "summary.json").exists() and fnmatch.fnmatch(run.name, args.only)
+        run for run in study.runs if fnmatch.fnmatch(run.name, args.only) and is_finished(study, run, args.output)
     ]
-    if not finished:
+    if args.record and args.only != "*":
+        raise UserError(f"--record needs all runs, and --only {args.only!r} leaves some out")
+    kept = kept_budgets(study, args.record, finished)
+    if not finished and not kept.rows:
         raise UserError(
             f"{args.output}: no finished run of {args.study} matches {args.only!r}; train/study.py makes them"
         )
-    if args.record and args.only != "*":
-        raise UserError(f"--record needs all runs, and --only {args.only!r} leaves some out")
-    if args.record:
-        _check_record(args.record, finished)
     keep_freed_memory()
     texts = Texts(args)
+    kept.check_texts(args.record, texts.descriptions)
     trained = _trained_shares(args.output, study.runs)
-    rows = []
+    of_run = {**kept.rows}
     for one in tqdm(finished, desc="runs", unit="run"):
         summary = read_json(args.output / one.name / "summary.json")
         shares = set(trained_policies(summary))
         if args.shares or not shares:
             num_experts = summary["config"]["model"]["num_experts"]
             shares |= {*(args.shares or SHARES), *trained.get(num_experts, ())}
-        rows += measured_rows(one, args.output / one.name, texts, sorted(shares))
+        rows = measured_rows(one, args.output / one.name, texts, sorted(shares))
+        # a folder that no study began says nothing of its settings
+        known = (args.output / one.name / "study.json").exists()
+        of_run[one.point, one.seed] = [{**row, "digest": digest(study, one)} if known else row for row in rows]
+    in_order = [of_run[one.point, one.seed] for one in study.runs if (one.point, one.seed) in of_run]
+    rows = [row for same in in_order for row in same]
     results = {"runs": rows, "summary": summarise(rows), "texts": texts.descriptions, **describe()}
     report = table(results)
     if args.json and args.json != "-":
         write_json(args.json, results)
     if args.record:
-        _write_record(args, study, results, report, words, len(study.runs) - len(finished))
+        _write_record(args, study, results, report, words, len(study.runs) - len(in_order))
     print(json.dumps(results, indent=2) if args.json == "-" else report)
 
 
@@ -246,27 +253,6 @@ def _trained_shares(output: Path, runs: Sequence[StudyRun]) -> dict[int, set[flo
                 if share is not None:
                     found[model["num_experts"]].add(share)
     return found
-
-
-def _check_record(record: Path, finished: Sequence[StudyRun]) -> None:
-    """Before anything is measured: refuse to replace what is no record of budgets, or holds runs that aren't here."""
-    if not check_record_folder(record):
-        return
-    path = record / "results.json"
-    results: Any = read_json(path) if path.exists() else None
-    try:
-        held = {(row["arm"], row["seed"]) for row in results["runs"]}
-    except (KeyError, TypeError):
-        raise UserError(
-            f"--record {record}: holds a record, but not of this command; name another folder"
-        ) from None
-    lost = sorted(held - {(run.point, run.seed) for run in finished})
-    if lost:
-        arm, seed = lost[0]
-        raise UserError(
-            f"--record {record}: holds {len(lost)} run(s) that are not finished in --output, the first seed {seed} of "
-            f"{arm}; finish them, name another folder, or remove the old record"
-        )
 
 
 def _write_record(

@@ -28,11 +28,11 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
 
     Returns:
         "arms": {"dense" (the twin: as many tokens, of the sizes within 5% the closest), "dsmoe": name or None};
-        "dsmoe_gap_to_dense": of the largest share up to 0.36, and "dsmoe_minus_smoe" by budget, against the SMoE of
-        that share with as many tokens, each {"arm", "mean", "stderr", "interval", "seeds", "mlp_active_fraction"};
-        "dsmoe_minus_smoe_of_more_tokens": likewise, against SMoEs that were given more; "one_model": the same four of
-        the best DS-MoE that was trained for several budgets, where there are other DS-MoEs. Parts without a pair are
-        missing (None for the first).
+        "dsmoe_gap_to_dense": of the largest share up to 0.36; by budget "dsmoe_minus_dense", "dsmoe_minus_smoe" (the SMoE
+        of that share with as many tokens) and "dsmoe_minus_smoe_of_more_tokens" (SMoEs that were given more), each
+        difference {"arm", "other", "mean", "stderr", "interval", "seeds", "mlp_active_fraction"}; "several_budgets": the
+        same five of each DS-MoE that was trained for several budgets, by arm, where there are other DS-MoEs. Parts
+        without a pair are missing (None for the gap).
     """
     sparse = [row for row in rows if row["kind"] == "dsmoe" and row["budget"] < 1]
     found = _against_others(rows, sparse)
@@ -40,10 +40,11 @@ def summarise(rows: Sequence[Row]) -> dict[str, Any]:
     for row in sparse:
         if row.get("trained"):
             trained[row["arm"]].add(row["budget"])
-    several = [row for row in sparse if len(trained[row["arm"]]) > 1]
+    several = [arm for arm, budgets in trained.items() if len(budgets) > 1]
     if several and len({row["arm"] for row in sparse}) > 1:
-        best = _best(several)
-        found["one_model"] = _against_others(rows, [row for row in several if row["arm"] == best])
+        found["several_budgets"] = {
+            arm: _against_others(rows, [row for row in sparse if row["arm"] == arm]) for arm in several
+        }
     return found
 
 
@@ -55,23 +56,23 @@ def _against_others(rows: Sequence[Row], sparse: Sequence[Row]) -> dict[str, Any
         own[budget] = [row for row in _at(sparse, budget) if row["arm"] == best]
     third = max((budget for budget in own if budget <= MOST_ACTIVE), default=None)
     ours = own[third] if third is not None else []
-    twins = _dense_twins(rows, ours)
-    dense = _best(twins)
+    dense = _best(_dense_twins(rows, ours))
     found: dict[str, Any] = {"arms": {"dense": dense, "dsmoe": ours[0]["arm"] if ours else None}}
-    found |= {"dsmoe_gap_to_dense": None, "dsmoe_minus_smoe": {}, "dsmoe_minus_smoe_of_more_tokens": {}}
-    if ours and dense is not None:
-        found["dsmoe_gap_to_dense"] = _difference(ours, [row for row in twins if row["arm"] == dense])
+    found |= {name: {} for name in ("dsmoe_minus_dense", "dsmoe_minus_smoe", "dsmoe_minus_smoe_of_more_tokens")}
     for budget, at in own.items():
         smoes = [row for row in rows if row["kind"] == "smoe" and abs(row["budget"] - budget) < 1e-6]
         smoes = [row for row in smoes if _distance(row, at[0]) <= SAME_SIZE]
         tokens = at[0]["tokens"]
         for name, rivals in (
+            ("dsmoe_minus_dense", _dense_twins(rows, at)),
             ("dsmoe_minus_smoe", [row for row in smoes if row["tokens"] == tokens]),
             ("dsmoe_minus_smoe_of_more_tokens", [row for row in smoes if row["tokens"] > tokens]),
         ):
-            if rivals:
-                best = _best(rivals)
-                found[name][f"{budget:g}"] = _difference(at, [row for row in rivals if row["arm"] == best])
+            best = _best(rivals)
+            pair = _difference(at, [row for row in rivals if row["arm"] == best])
+            if pair:
+                found[name][f"{budget:g}"] = pair
+    found["dsmoe_gap_to_dense"] = found["dsmoe_minus_dense"].get(f"{third:g}") if third is not None else None
     return found
 
 
@@ -124,6 +125,7 @@ def _difference(first: Sequence[Row], second: Sequence[Row]) -> dict[str, Any] |
     active = sum(row["mlp_active_fraction"] for row in common) / len(common)
     return {
         "arm": common[0]["arm"],
+        "other": second[0]["arm"],
         **{name: differences[name] for name in ("mean", "stderr", "interval")},
         "seeds": [row["seed"] for row in common],
         "mlp_active_fraction": active,
@@ -150,8 +152,8 @@ def table(results: Row) -> str:
     header = ["arm", "budget", "MLP active", "seeds", "total", "tokens", "FLOPs", "minutes", "validation loss",
               "test loss"]  # fmt: skip
     pairs = _pairs(results["summary"])
-    if "one_model" in results["summary"]:
-        pairs += [pair for pair in _pairs(results["summary"]["one_model"]) if pair not in pairs]
+    for summary in results["summary"].get("several_budgets", {}).values():
+        pairs += [pair for pair in _pairs(summary) if pair not in pairs]
     text = markdown_table(header, lines)
     if pairs:
         text += "\n\n" + markdown_table(
@@ -165,24 +167,15 @@ def table(results: Row) -> str:
 
 def _pairs(summary: Row) -> list[list[str]]:
     """The rows of differences of `_against_others`."""
-    pairs = []
-    if summary["dsmoe_gap_to_dense"]:
-        pairs.append(
-            [
-                f"{summary['arms']['dsmoe']} - {summary['arms']['dense']}",
-                *_cells(summary["dsmoe_gap_to_dense"]),
-            ]
+    return [
+        [f"{pair['arm']} - {words}{pair['other']}, {float(budget):.1%}", *_cells(pair)]
+        for name, words in (
+            ("dsmoe_minus_dense", ""),
+            ("dsmoe_minus_smoe", ""),
+            ("dsmoe_minus_smoe_of_more_tokens", "more tokens: "),
         )
-    for name, words in (
-        ("dsmoe_minus_smoe", "SMoE"),
-        ("dsmoe_minus_smoe_of_more_tokens", "SMoE with more tokens"),
-    ):
-        pairs += [
-            [f"{pair['arm']} - {words}, {float(budget):.1%}", *_cells(pair)]
-            for budget, pair in summary[name].items()
-            if pair
-        ]
-    return pairs
+        for budget, pair in summary[name].items()
+    ]
 
 
 def _cells(pair: Row) -> list[str]:
