@@ -6,6 +6,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +54,14 @@ def hardware() -> dict[str, Any]:
     if torch.cuda.is_available():
         found["accelerators"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     return found
+
+
+def machine_name(hardware: Mapping[str, Any]) -> str:
+    """One line for the processor, or the accelerators, of `hardware`: losses of one run differ a little between kinds."""
+    if hardware.get("accelerators"):
+        kinds = Counter(hardware["accelerators"])
+        return ", ".join(f"{count} {name}" for name, count in kinds.items())
+    return ", ".join(str(hardware[key]) for key in ("cpu", "cpu_capability") if hardware.get(key))
 
 
 def code() -> dict[str, str | None]:

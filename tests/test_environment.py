@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 import dsmoe
-from dsmoe.environment import code, describe
+from dsmoe.environment import code, describe, machine_name
 
 PACKAGE = Path(dsmoe.__file__).resolve().parent
 ASK = "import sys, json; sys.path.insert(0, sys.argv[1]); from dsmoe.environment import code; print(json.dumps(code()))"
@@ -41,3 +41,10 @@ def test_the_code_is_told_by_its_files_and_its_commit(tmp_path):
 
 def test_a_record_holds_it():
     assert describe()["code"] == code()
+
+
+def test_a_machine_is_named_by_what_computes():
+    cpu = {"cpu": "Some CPU", "cpu_capability": "AVX2", "accelerators": []}
+    assert machine_name(cpu) == "Some CPU, AVX2"
+    assert machine_name({**cpu, "accelerators": ["A", "A", "B"]}) == "2 A, 1 B"
+    assert machine_name({}) == ""

@@ -387,3 +387,20 @@ def test_what_also_names_must_be_a_record_of_a_study(place, capsys):
     (place / "record" / "results.json").write_text("{}")
     assert run_other(place) == 2
     assert "holds a record, but not of a study" in last_line(capsys)
+
+
+def test_runs_of_several_machines_are_told(tmp_path):
+    runs = [finished(tmp_path, "dense", seed, None) for seed in range(4)]
+    new, old = {"cpu": "New", "cpu_capability": "AVX512"}, {"cpu": "Old", "accelerators": []}
+    for run, hardware in zip(runs, (new, new, old, None), strict=True):
+        path = tmp_path / run.name / "summary.json"
+        summary = json.loads(path.read_text())
+        if hardware:
+            summary["environment"]["hardware"] = hardware
+        path.write_text(json.dumps(summary))
+    results = collect(Study("toy", None, runs), tmp_path)
+    assert [row["machine"] for row in results["runs"]] == ["New, AVX512", "New, AVX512", "Old", ""]
+    assert results["notes"] == [
+        "Trained on New, AVX512, but for runs on Old: dense-1k-s2; on an unrecorded machine: dense-1k-s3."
+    ]
+    assert collect(Study("toy", None, runs[:2]), tmp_path)["notes"] == []

@@ -24,7 +24,7 @@ from dsmoe.checkpoint.pretrained import load_pretrained
 from dsmoe.config import DSMoEConfig
 from dsmoe.config.routing import Policy
 from dsmoe.data.corpus import TokenCorpus
-from dsmoe.environment import describe
+from dsmoe.environment import describe, machine_name
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import read_json, write_json
 from dsmoe.model import DSMoEForCausalLM
@@ -94,7 +94,9 @@ def run(args: argparse.Namespace, words: str) -> None:
     """Measure what isn't yet, and report; raises UserError on bad input."""
     study = read_study(args.study)
     finished = [
-        run for run in study.runs if fnmatch.fnmatch(run.name, args.only) and is_finished(study, run, args.output)
+        run
+        for run in study.runs
+        if fnmatch.fnmatch(run.name, args.only) and is_finished(study, run, args.output)
     ]
     if args.record and args.only != "*":
         raise UserError(f"--record needs all runs, and --only {args.only!r} leaves some out")
@@ -107,17 +109,19 @@ def run(args: argparse.Namespace, words: str) -> None:
     texts = Texts(args)
     kept.check_texts(args.record, texts.descriptions)
     trained = _trained_shares(args.output, study.runs)
-    of_run = {**kept.rows}
+    of_run: dict[tuple[str, int], Sequence[Mapping[str, Any]]] = {**kept.rows}
     for one in tqdm(finished, desc="runs", unit="run"):
         summary = read_json(args.output / one.name / "summary.json")
         shares = set(trained_policies(summary))
         if args.shares or not shares:
             num_experts = summary["config"]["model"]["num_experts"]
             shares |= {*(args.shares or SHARES), *trained.get(num_experts, ())}
-        rows = measured_rows(one, args.output / one.name, texts, sorted(shares))
+        measured = measured_rows(one, args.output / one.name, texts, sorted(shares))
+        known = {"machine": machine_name(summary["environment"].get("hardware", {}))}
         # a folder that no study began says nothing of its settings
-        known = (args.output / one.name / "study.json").exists()
-        of_run[one.point, one.seed] = [{**row, "digest": digest(study, one)} if known else row for row in rows]
+        if (args.output / one.name / "study.json").exists():
+            known["digest"] = digest(study, one)
+        of_run[one.point, one.seed] = [{**row, **known} for row in measured]
     in_order = [of_run[one.point, one.seed] for one in study.runs if (one.point, one.seed) in of_run]
     rows = [row for same in in_order for row in same]
     results = {"runs": rows, "summary": summarise(rows), "texts": texts.descriptions, **describe()}

@@ -9,7 +9,7 @@ from typing import Any
 from dsmoe.accounting.table import markdown_table
 from dsmoe.figures import KIND_COLOURS, pyplot, save_figure
 from dsmoe.spread import interval_cells, shown, spread
-from dsmoe.study.tabulate import flops_notes, mean_flops
+from dsmoe.study.tabulate import flops_notes, machine_notes, mean_flops
 
 Row = Mapping[str, Any]
 MOST_ACTIVE = 0.36  # "a third": the largest share of the headline's gap to the dense twin
@@ -58,7 +58,9 @@ def _against_others(rows: Sequence[Row], sparse: Sequence[Row]) -> dict[str, Any
     ours = own[third] if third is not None else []
     dense = _best(_dense_twins(rows, ours))
     found: dict[str, Any] = {"arms": {"dense": dense, "dsmoe": ours[0]["arm"] if ours else None}}
-    found |= {name: {} for name in ("dsmoe_minus_dense", "dsmoe_minus_smoe", "dsmoe_minus_smoe_of_more_tokens")}
+    found |= {
+        name: {} for name in ("dsmoe_minus_dense", "dsmoe_minus_smoe", "dsmoe_minus_smoe_of_more_tokens")
+    }
     for budget, at in own.items():
         smoes = [row for row in rows if row["kind"] == "smoe" and abs(row["budget"] - budget) < 1e-6]
         smoes = [row for row in smoes if _distance(row, at[0]) <= SAME_SIZE]
@@ -162,7 +164,9 @@ def table(results: Row) -> str:
     arms = defaultdict(list)
     for row in results["runs"]:
         arms[row["arm"]].append(row)
-    return text + "".join(f"\n\n{note}" for note in flops_notes(arms.items()))
+    runs = {f"{row['arm']}-s{row['seed']}": row for row in results["runs"]}
+    notes = [*flops_notes(arms.items()), *machine_notes(runs.items())]
+    return text + "".join(f"\n\n{note}" for note in notes)
 
 
 def _pairs(summary: Row) -> list[list[str]]:

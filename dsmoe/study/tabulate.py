@@ -7,6 +7,7 @@ from typing import Any
 
 from dsmoe.accounting import markdown_table
 from dsmoe.data.windows import PLACEMENT
+from dsmoe.environment import machine_name
 from dsmoe.files import read_json
 from dsmoe.spread import interval_cells, shown, spread
 from dsmoe.study.curves import follow, sentence
@@ -69,6 +70,7 @@ def collect(study: Study, output: Path, kept: Kept | None = None) -> dict[str, A
             *(note for names in compared for note in _left_out(rows, *names)),
             *_older_windows(rows),
             *_of_others(rows),
+            *machine_notes((row["name"], row) for row in rows),
         ],
     }
 
@@ -78,6 +80,7 @@ def _row(study: Study, run: StudyRun, summary: Row, begun: Path) -> dict[str, An
     found |= {key: summary[key] for key in COPIED if key in summary}
     found |= {"model": summary["config"]["model"], "corpus": summary["environment"].get("corpus")}
     found["measured_by"] = measured_by(with_defaults(summary["config"]))
+    found["machine"] = machine_name(summary["environment"].get("hardware", {}))
     if not begun.exists():
         # nobody knows of what settings such a folder is, so its row claims none by a digest
         return {**found, "settings": run.settings}
@@ -183,6 +186,22 @@ def _of_others(rows: Sequence[Row]) -> Iterator[str]:
     named = [f"{row['name']} ({row['from']['study']})" for row in rows if "from" in row]
     if named:
         yield f"Runs of the same settings that another study trained: {', '.join(named)}."
+
+
+def machine_notes(rows: Iterable[tuple[str, Row]]) -> list[str]:
+    """A sentence on which runs are of which machine, where they are known to be of several.
+
+    Args:
+        rows: name and row of each run; rows of older versions don't say ("machine" is missing).
+    """
+    of_machine = defaultdict(list)
+    for name, row in rows:
+        of_machine[row.get("machine") or "an unrecorded machine"].append(name)
+    if len(of_machine) < 2:
+        return []
+    most = max(of_machine, key=lambda machine: len(of_machine[machine]))
+    others = [f"{machine}: {', '.join(names)}" for machine, names in of_machine.items() if machine != most]
+    return [f"Trained on {most}, but for runs on {'; on '.join(others)}."]
 
 
 def mean_flops(rows: Sequence[Row]) -> float:
