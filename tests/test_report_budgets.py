@@ -9,7 +9,9 @@ import yaml
 from dsmoe.errors import UserError
 from dsmoe.records import write_record
 from dsmoe.report import budgets
-from dsmoe.report.budgets_table import summarise, table
+from dsmoe.report.budgets_pairs import summarise
+from dsmoe.report.budgets_plot import budgets_plot, what_is_drawn
+from dsmoe.report.budgets_table import table
 from dsmoe.report.trained_policies import trained_policies
 from dsmoe.study.launcher import identity
 from dsmoe.study.spec import StudyRun, read_study
@@ -142,6 +144,42 @@ def test_models_for_several_budgets_stand_beside_the_best_at_each():
     # where it is the only DS-MoE it is that of the main part
     alone = summarise([one for one in rows if one["arm"] not in ("quarter", "third", "both")])
     assert alone["arms"]["dsmoe"] == "any" and "several_budgets" not in alone
+
+
+def test_what_is_drawn_are_differences_to_the_dense_twin(tmp_path):
+    """The best for each share are joined, models for several have lines of their own, all others are points."""
+    rows = [
+        *(row("dense", "dense", 1.0, seed, 3.0 + seed) for seed in (0, 1)),
+        row("small", "dense", 1.0, 1, 4.5, total=500),
+        # the better one on validation
+        *(row("third", "dsmoe", 0.34, seed, 3.1 + 1.02 * seed, validation=1) for seed in (0, 1)),
+        row("other", "dsmoe", 0.34, 0, 3.0, validation=2),
+        row("half", "dsmoe", 0.5, 0, 2.9),
+        *(row("any", "dsmoe", budget, 0, 3.3 - budget / 2) for budget in (0.5, 0.34, 1.0)),
+        row("smoe", "smoe", 0.34, 1, 4.3),
+        row("longer", "smoe", 0.34, 1, 3.7, tokens=2_000_000),
+    ]
+    found = what_is_drawn(rows)
+    assert found["relative"]
+    lines = {line["label"]: line for line in found["lines"]}
+    assert set(lines) == {"DS-MoE, one for each share", "smoe", "any: one model"}
+    each = lines["DS-MoE, one for each share"]["points"]
+    assert [point["at"] for point in each] == [0.34, 0.5]
+    assert [point["value"] for point in each] == pytest.approx([0.11, -0.1])
+    assert each[0]["stderr"] == pytest.approx(0.01) and each[1]["stderr"] is None
+    assert [point["value"] for point in lines["any: one model"]["points"]] == pytest.approx([0.13, 0.05])
+    points = {point["label"]: point["value"] for point in found["points"]}
+    assert points == pytest.approx({"other": 0.0, "longer (2M tokens)": -0.3})
+    assert {level["label"]: level["value"] for level in found["levels"]} == pytest.approx(
+        {"dense": 0.0, "small": 0.5}
+    )
+    budgets_plot({"runs": rows}, tmp_path / "a.png")
+    # without twins they are losses
+    alone = what_is_drawn([one for one in rows if one["arm"] != "dense"])
+    assert not alone["relative"] and alone["levels"] == [{"label": "small", "value": 4.5}]
+    assert {line["label"]: line["points"][0]["value"] for line in alone["lines"]}["smoe"] == 4.3
+    budgets_plot({"runs": rows[:2]}, tmp_path / "b.png")
+    assert all((tmp_path / name).stat().st_size for name in ("a.png", "b.png"))
 
 
 def test_flops_in_the_table_are_means_over_seeds():

@@ -30,7 +30,9 @@ from dsmoe.files import read_json, write_json
 from dsmoe.model import DSMoEForCausalLM
 from dsmoe.records import write_record
 from dsmoe.report.budgets_kept import kept_budgets
-from dsmoe.report.budgets_table import budgets_plot, summarise, table
+from dsmoe.report.budgets_pairs import summarise
+from dsmoe.report.budgets_plot import budgets_plot
+from dsmoe.report.budgets_table import table
 from dsmoe.report.token_losses import token_losses
 from dsmoe.report.trained_policies import trained_policies
 from dsmoe.sparsify.calibrate import calibrate
