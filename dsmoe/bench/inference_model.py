@@ -128,20 +128,12 @@ def measure_model(case: ModelCase, dtype_name: str, advance: Callable[[], Any]) 
         "seconds": seconds,
     }
     for name, model in models.items():
-        own_time = statistics.median(seconds[name]) / case.steps
-        read = _bytes_read(model, case, name)
+        timed = statistics.median(seconds[name]) / case.steps
+        row[name] = _costs(model, decoders[name], case, name, memory[name], timed, rate)
         tokens = (case.rounds + 1) * case.steps
-        row[name] = {
-            "tokens_per_second": 1 / own_time,
-            "weight_bytes": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
-            "cache_bytes": decoders[name].cache.nbytes,
-            "memory_growth_bytes": memory[name],
-            "bytes_read_per_token": read,
-            "share_of_read_bandwidth": read / own_time / rate,
-            "milliseconds_by_part": {
-                part: 1e3 * (value - before[name][part]) / tokens
-                for part, value in decoders[name].seconds.items()
-            },
+        row[name]["milliseconds_by_part"] = {
+            part: 1e3 * (value - before[name][part]) / tokens
+            for part, value in decoders[name].seconds.items()
         }
         if f"transformers_{name}" in seconds:
             whole, first_token = (
@@ -154,6 +146,27 @@ def measure_model(case: ModelCase, dtype_name: str, advance: Callable[[], Any]) 
         row["speedup_over_transformers"] = row["own"]["tokens_per_second"] / best
     row["growth"] = _growth(models["own"], case) if dtype_name != "int8" else []
     return row
+
+
+def _costs(
+    model: DSMoEForCausalLM,
+    decoder: Decoder,
+    case: ModelCase,
+    name: str,
+    growth: int | None,
+    seconds_per_token: float,
+    bytes_per_second: float,
+) -> dict[str, Any]:
+    """Memory, speed and bytes read of one model; `bytes_per_second` is what the machine can read."""
+    read = _bytes_read(model, case, name)
+    return {
+        "tokens_per_second": 1 / seconds_per_token,
+        "weight_bytes": sum(t.nbytes for t in (*model.parameters(), *model.buffers())),
+        "cache_bytes": decoder.cache.nbytes,
+        "memory_growth_bytes": growth,
+        "bytes_read_per_token": read,
+        "share_of_read_bandwidth": read / seconds_per_token / bytes_per_second,
+    }
 
 
 def _growth(model: DSMoEForCausalLM, case: ModelCase) -> list[dict[str, Any]]:

@@ -84,26 +84,11 @@ def sizes_and_cost(
     counts = count_parameters(model_config, mean_active)
     masked_tokens = masked.steps * config.tokens_per_step
     tokens = config.total_steps * config.tokens_per_step
-
-    def per_token(active: MeanActive, in_phase: bool) -> float:
-        length = config.data.sequence_length
-        flops = training_flops_per_token(
-            model_config,
-            length,
-            active,
-            gradient_checkpointing=config.train.gradient_checkpointing,
-            causal=True,
-            masked=in_phase,
-            recompute_experts=config.train.recompute_experts,
-        )
-        if gathers:
-            forward = training_forward_flops_per_token(model_config, length, active, True, in_phase)
-            flops += forward.layers
-        return flops
-
-    flops = per_token(mean_active, in_phase=False) * (tokens - masked_tokens)
+    flops = _flops_per_token(config, model_config, mean_active, gathers) * (tokens - masked_tokens)
     if masked_tokens:
-        flops += per_token(masked.mean_active(), in_phase=True) * masked_tokens
+        flops += (
+            _flops_per_token(config, model_config, masked.mean_active(), gathers, masked=True) * masked_tokens
+        )
     if config.distillation.coef:
         # a model in all-experts mode is its own teacher's equal: nothing is computed then
         taught = tokens if teacher is not None or model_config.kind == "smoe" else masked_tokens
@@ -117,3 +102,22 @@ def sizes_and_cost(
         "masked_tokens": masked_tokens,
         "masked_active_experts": masked.mean_active(),
     }
+
+
+def _flops_per_token(
+    config: RunConfig, model_config: DSMoEConfig, active: MeanActive, gathers: bool, masked: bool = False
+) -> float:
+    """Forward and backward of a token, in the mask phase or outside of it."""
+    length = config.data.sequence_length
+    flops = training_flops_per_token(
+        model_config,
+        length,
+        active,
+        gradient_checkpointing=config.train.gradient_checkpointing,
+        causal=True,
+        masked=masked,
+        recompute_experts=config.train.recompute_experts,
+    )
+    if gathers:
+        flops += training_forward_flops_per_token(model_config, length, active, True, masked).layers
+    return flops
