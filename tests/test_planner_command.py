@@ -26,6 +26,7 @@ from dsmoe.trainer.command import parse
 from dsmoe.trainer.mask_phase import make_controller
 
 ROOT = Path(__file__).resolve().parents[1]
+LAW = ROOT / "eval" / "records" / "scaling-law" / "law.json"
 
 
 @pytest.fixture
@@ -324,3 +325,56 @@ def test_no_torch():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_vocabulary_is_that_of_the_laws_runs(plan, tmp_path):
+    """README's own-law example counted 50,257 entries for runs of 1,024, whose ranking that turned around."""
+    law = json.loads(LAW.read_text(encoding="utf-8"))
+    (tmp_path / "law.json").write_text(json.dumps({**law, "vocab_size": 1024}), encoding="utf-8")
+    (tmp_path / "old.json").write_text(json.dumps({**law, "vocab_size": None}), encoding="utf-8")
+
+    def ranked(*words):
+        status, out, _ = plan("--flops", "1e15", *words, "--json", "-")
+        assert status == 0
+        found = json.loads(out)
+        return [(row["kind"], row["num_params_total"]) for row in found["rows"]], " ".join(found["assumptions"])
+
+    own, notes = ranked("--law", str(tmp_path / "law.json"))
+    assert own == ranked("--law", str(tmp_path / "old.json"), "--vocab-size", "1024")[0]
+    assert "vocabulary" not in notes
+    other, notes = ranked("--law", str(tmp_path / "law.json"), "--vocab-size", "50257")
+    assert other != own and "vocabulary 50,257, and the law's runs had 1,024" in notes
+    unknown, notes = ranked("--law", str(tmp_path / "old.json"))
+    assert unknown == other and "does not say the vocabulary" in notes
+    (tmp_path / "law.json").write_text(json.dumps({**law, "vocab_size": "1k"}), encoding="utf-8")
+    status, _, err = plan("--flops", "1e15", "--law", str(tmp_path / "law.json"))
+    assert status == 2 and "vocab_size is '1k'" in err and err.count("\n") == 1
+
+
+def test_an_optimum_below_the_smallest_shape_is_told(plan):
+    assert "below the smallest shape (d = 64), which is taken" in plan("--flops", "1e13")[1]
+    assert "below the smallest shape" not in plan("--flops", "1e22")[1]
+
+
+def test_a_written_ds_moe_is_of_the_recipe(plan):
+    recipe = yaml.safe_load((ROOT / "configs" / "recipe" / "dsmoe.yaml").read_text(encoding="utf-8"))
+    written = yaml.safe_load(plan("--flops", "1e19", "--kinds", "dsmoe", "--write-config", "-")[1])
+    assert written["router_loss"] == recipe["router_loss"]
+    assert written["mask_phase"]["fraction"] == recipe["mask_phase"]["fraction"]
+    for name in ("gate_normalization", "router_initializer_range"):
+        assert written["model"][name] == recipe["model"][name]
+    text = plan("--flops", "1e19", "--kinds", "dsmoe", "--context", "16384", "--write-config", "-")[1]
+    assert "# NOTE: L2 gates" in text and "up to the 16,384 of --context, are not trained" in text
+
+
+def test_a_page_of_small_budgets(tmp_path, monkeypatch, capsys):
+    """Budgets that round alike are told apart, and one that nothing fits is one line."""
+    monkeypatch.setattr("dsmoe.planner.figures.MAP_POINTS", 3)
+    monkeypatch.setattr("dsmoe.planner.plots.POINTS", 8)
+    assert page(["--output", str(tmp_path / "page"), "--flops", "1.1e22,1.4e22"]) == 0
+    content = json.loads((tmp_path / "page" / "page.json").read_text(encoding="utf-8"))
+    assert set(content["memory"]) == {"1.1e+22", "1.4e+22"}
+    assert page(["--output", str(tmp_path / "small"), "--flops", "1e11"]) == 2
+    err = capsys.readouterr().err
+    assert "1e+11 training FLOPs: no model" in err and err.count("\n") == 1
+    assert not (tmp_path / "small").exists()

@@ -6,7 +6,7 @@ import gzip
 import json
 import subprocess
 import sys
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from types import SimpleNamespace
 
 import pytest
@@ -15,7 +15,9 @@ from test_planner_fit_solver import sweep
 from dsmoe.accounting import count_parameters, total_parameters
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.planner.fit import command
+from dsmoe.planner.fit.fitting import Settings, fit_law
 from dsmoe.planner.fit.folders import read_folder, read_study
+from dsmoe.planner.fit.report import as_json
 from dsmoe.planner.fit.tables import read_table
 
 HEADER = ("kind", "num_experts", "num_params_active", "num_params_total", "tokens", "loss", "name", "seed")
@@ -195,6 +197,7 @@ def test_run_folders_of_the_trainer(tmp_path):
     assert fourth.num_params_active == count_parameters(newer, {"mlp": [1.0, 3.0]}).active
     assert third.num_params_active == third.num_params_total
     assert [run.active_share for run in runs] == [0.5, None, None, 0.5]
+    assert {run.vocab_size for run in runs} == {97}
 
 
 def test_runs_that_started_from_another_model_are_left_out_and_told_of(tmp_path, capsys):
@@ -336,3 +339,11 @@ def test_neither_torch_nor_transformers_is_loaded():
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "[]"
+
+
+def test_the_law_says_the_vocabulary_of_its_runs():
+    runs = [replace(run, vocab_size=1024) for run in sweep()]
+    assert as_json(fit_law(runs, Settings(draws=0)))["vocab_size"] == 1024
+    mixed = [replace(runs[0], vocab_size=512), *runs[1:]]
+    assert as_json(fit_law(mixed, Settings(draws=0)))["vocab_size"] is None
+    assert as_json(fit_law(sweep(), Settings(draws=0)))["vocab_size"] is None

@@ -89,7 +89,9 @@ def add_parser(subparsers: Any) -> None:
     models.add_argument("--active-share", type=float, default=ACTIVE_SHARE,
                         help="mean share of MLP experts that a DS-MoE runs (default: %(default)s)")  # fmt: skip
     models.add_argument(
-        "--vocab-size", default=str(LAW_VOCAB_SIZE), help="embedding entries (default: %(default)s)"
+        "--vocab-size",
+        metavar="V",
+        help=f"embedding entries (default: the law's runs'; {LAW_VOCAB_SIZE} of the published)",
     )
     law = parser.add_argument_group("law")
     law.add_argument("--law", help="joint (default), tabulated, or a JSON file of `dsmoe fit`")
@@ -166,10 +168,29 @@ def _plan(args: argparse.Namespace) -> Plan:
     if args.num_experts is not None:
         experts = [parse_integer(word, "--num-experts") for word in args.num_experts.split(",")]
     share = parse_share(args.active_share, "--active-share")
-    families = candidate_families(law, experts, share, parse_integer(args.vocab_size, "--vocab-size"), kinds)
+    vocab_size, vocabulary_notes = _vocabulary(args.vocab_size, law)
+    families = candidate_families(law, experts, share, vocab_size, kinds)
     plan = make_plan(families, limits, law)
-    plan.notes[:0] = [*hardware_notes, *_one_device_notes(plan, hardware)]
+    plan.notes[:0] = [*hardware_notes, *_one_device_notes(plan, hardware), *vocabulary_notes]
     return plan
+
+
+def _vocabulary(given: str | None, law: PlanningLaw) -> tuple[int, list[str]]:
+    """Embedding entries of the candidates, and what makes them doubtful."""
+    if given is None and law.vocab_size is None:
+        return LAW_VOCAB_SIZE, [
+            f"{law.name} does not say the vocabulary of its runs, so {LAW_VOCAB_SIZE:,} entries are counted; give theirs "
+            "with --vocab-size"
+        ]
+    if given is None:
+        assert law.vocab_size is not None
+        return law.vocab_size, []
+    size = parse_integer(given, "--vocab-size")
+    if law.vocab_size in (None, size):
+        return size, []
+    return size, [
+        f"vocabulary {size:,}, and the law's runs had {law.vocab_size:,}: losses are per token of theirs"
+    ]
 
 
 def _one_device_notes(plan: Plan, hardware: Hardware | None) -> list[str]:

@@ -1,9 +1,11 @@
 """The figures of the page about a law, each with the numbers behind it."""
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from dsmoe.errors import UserError
 from dsmoe.figures import KIND_COLOURS, pyplot, save_figure
 from dsmoe.planner.lawfile import PlanningLaw
 from dsmoe.planner.limits import Limits
@@ -35,11 +37,18 @@ def figure_memory(law: PlanningLaw, budgets: Sequence[float], path: Path) -> dic
     for flops, axes in zip(budgets, panels[0]):
         limits = Limits(flops=flops, serving=Serving(CONTEXT))
         curves = draw_memory(axes, families, limits, law, ends)
+        if not any(curves.values()):
+            raise UserError(
+                f"{flops:.3g} training FLOPs: no model with {CONTEXT:,} tokens of KV cache fits into {ends[0]:.3g} to "
+                f"{ends[1]:.3g} GB; give larger budgets"
+            )
         best = []
         for memory, name in MEMORIES.items():
             row = _best(
                 families, Limits(flops=flops, memory_bytes=memory * 1e9, serving=Serving(CONTEXT)), law
             )
+            if row is None:
+                continue
             best.append({"memory_gb": memory, **row})
             axes.plot(row["memory_gb_used"], row["loss"], "*", markersize=14, color="#edae49", markeredgecolor="black",
                       zorder=5)  # fmt: skip
@@ -49,8 +58,8 @@ def figure_memory(law: PlanningLaw, budgets: Sequence[float], path: Path) -> dic
                           transform=axes.get_xaxis_transform())  # fmt: skip
         floor = min(point["loss"] for points in curves.values() for point in points)
         axes.set_ylim(floor - 0.02, max(points[0]["loss"] for points in curves.values() if points) + 0.06)
-        axes.set_title(f"{flops:.0e} training FLOPs", fontsize=10)
-        found[f"{flops:.0e}"] = {"curves": curves, "best": best}
+        axes.set_title(f"{flops:g} training FLOPs", fontsize=10)
+        found[f"{flops:g}"] = {"curves": curves, "best": best}
     panels[0][0].set_ylabel("loss (nats per token)")
     handles, names = panels[0][0].get_legend_handles_labels()
     figure.legend(
@@ -60,10 +69,12 @@ def figure_memory(law: PlanningLaw, budgets: Sequence[float], path: Path) -> dic
     return found
 
 
-def _best(families: Sequence[Family], limits: Limits, law: PlanningLaw) -> dict[str, Any]:
-    """The family of least loss over real hidden sizes, and those that tie with it."""
+def _best(families: Sequence[Family], limits: Limits, law: PlanningLaw) -> dict[str, Any] | None:
+    """The family of least loss over real hidden sizes, and those that tie with it; None: none keeps the limits."""
     sized = [(family, optimise(family, law.fit.sized_loss(family), limits)) for family in families]
     possible = [(optimum.loss, family, optimum) for family, optimum in sized if optimum is not None]
+    if not possible:
+        return None
     loss, family, optimum = min(possible, key=lambda entry: entry[0])
     ties = [other.name for value, other, _ in possible if other != family and value - loss <= law.tie_band]
     return {
@@ -97,7 +108,7 @@ def figure_isoflop(law: PlanningLaw, budgets: Sequence[float], path: Path) -> di
             x = [10 ** (best - 1.1 + 2.2 * index / 80) for index in range(81)]
             y = [loss(best - 1.1 + 2.2 * index / 80) for index in range(81)]
             name = "dense" if count == 1 else f"SMoE E={count}"
-            axes.plot(x, y, line, color=colour, linewidth=1.7, label=f"{flops:.0e} FLOPs, {name}")
+            axes.plot(x, y, line, color=colour, linewidth=1.7, label=f"{flops:g} FLOPs, {name}")
             axes.plot(10**best, loss(best), "o", color=colour, markersize=6, zorder=4)
             found.append({"flops": flops, "num_experts": count, "num_params_active": 10**best,
                           "tokens": flops / 6 / 10**best, "loss": loss(best)})  # fmt: skip
@@ -161,13 +172,15 @@ def _draw_demand(
             losses = [_loss_at(family, used, flops, memory_gb, demand) for demand in demands]
             name = label(family, used)
             shown = {**style(family, families), "alpha": 1 - 0.2 * rank}
-            x, y = zip(*((demand, loss) for demand, loss in zip(demands, losses) if loss is not None))
-            axes.plot(x, y, label=name, **shown)
-            lines[name] = {"inference_tokens": list(x), "loss": list(y)}
+            known = [(demand, loss) for demand, loss in zip(demands, losses) if loss is not None]
+            x, y = [demand for demand, _ in known], [loss for _, loss in known]
+            if known:
+                axes.plot(x, y, label=name, **shown)
+            lines[name] = {"inference_tokens": x, "loss": y}
     axes.set_xscale("log")
     axes.set_xlabel("inference tokens")
     axes.set_ylabel("loss (nats per token)")
-    axes.set_title(f"{flops:.0e} FLOPs for training and inference together, {memory_gb:.3g} GB", fontsize=10)
+    axes.set_title(f"{flops:g} FLOPs for training and inference together, {memory_gb:.3g} GB", fontsize=10)
     axes.grid(alpha=0.3, which="both", linewidth=0.5)
     axes.legend(fontsize=8)
     return lines
@@ -191,6 +204,9 @@ def _draw_winners(
                 flops=flops, memory_bytes=memory * 1e9, inference_tokens=demand, serving=Serving(CONTEXT)
             )
             best = _best(families, limits, law)
+            if best is None:
+                row.append(math.nan)
+                continue
             kept = {name: best[name] for name in ("best", "kind", "loss", "ties")}
             found.append({"memory_gb": memory, "inference_tokens": demand, **kept})
             row.append(kinds.index(best["kind"]))

@@ -22,7 +22,7 @@ from dsmoe.planner.laws import (
     tie_band,
 )
 from dsmoe.planner.optimum import SizedLoss
-from dsmoe.planner.shapes import Family
+from dsmoe.planner.shapes import LAW_VOCAB_SIZE, Family
 
 Z90 = 1.64  # half-width of a 90% interval of a normal error in standard deviations
 SHARE_SLACK = 1.2  # a run's active share is measured, and never exactly what was wanted
@@ -73,6 +73,7 @@ class PlanningLaw:
         fitted_range: smallest and largest num_params_active, tokens_per_param and num_experts of the runs, and
             dsmoe_num_experts (and where known dsmoe_active_share) where there were DS-MoEs.
         draws: bootstrap resamples; none for published coefficients.
+        vocab_size: of the runs; losses per token of another vocabulary are other losses. None: the law file doesn't say.
     """
 
     name: str
@@ -80,6 +81,7 @@ class PlanningLaw:
     rmse: float
     fitted_range: Mapping[str, Sequence[float]]
     draws: tuple[Draw, ...] = ()
+    vocab_size: int | None = None
 
     @property
     def tie_band(self) -> float:
@@ -134,7 +136,7 @@ def published(tabulated: bool = False) -> PlanningLaw:
     """The published coefficients: table 3 (any number of experts) or table 4 (1, 2, 4, 8, 16, 32)."""
     law: JointLaw | TabulatedLaw = PUBLISHED_TABULATED if tabulated else PUBLISHED_JOINT
     name = f"published, arXiv 2502.05172 table {4 if tabulated else 3}"
-    return PlanningLaw(name, Draw(law), PUBLISHED_RMSE, PUBLISHED_RANGE)
+    return PlanningLaw(name, Draw(law), PUBLISHED_RMSE, PUBLISHED_RANGE, vocab_size=LAW_VOCAB_SIZE)
 
 
 def read_law(source: str | Path | None) -> PlanningLaw:
@@ -166,6 +168,9 @@ def read_law(source: str | Path | None) -> PlanningLaw:
     rmse = PUBLISHED_RMSE if content.get("rmse_train") is None else content["rmse_train"]
     if not _is_number(rmse) or rmse < 0:
         raise UserError(f"{source}: rmse_train is {rmse!r}; it must be a number of nats, at least 0")
+    vocab_size = content.get("vocab_size")
+    if vocab_size is not None and (type(vocab_size) is not int or vocab_size < 1):
+        raise UserError(f"{source}: vocab_size is {vocab_size!r}; it must be a whole number of at least 1")
     return PlanningLaw(
         name=f"{Path(source).name} ({form})",
         fit=_draw(form, values, f"{source}: coefficients"),
@@ -175,6 +180,7 @@ def read_law(source: str | Path | None) -> PlanningLaw:
             _draw(form, {**values, **draw}, f"{source}: bootstrap[{index}]")
             for index, draw in enumerate(resampled)
         ),
+        vocab_size=vocab_size,
     )
 
 

@@ -47,8 +47,8 @@ def write_page(law: PlanningLaw, budgets: Sequence[float], output: Path, overwri
 def _readme(content: dict[str, Any], budgets: Sequence[float]) -> str:
     rows = []
     for flops in budgets:
-        cells = content["memory"][f"{flops:.0e}"]["best"]
-        rows.append([f"{flops:.0e}", *(_cell(cell) for cell in cells)])
+        cells = {cell["memory_gb"]: _cell(cell) for cell in content["memory"][f"{flops:g}"]["best"]}
+        rows.append([f"{flops:g}", *(cells.get(size, "nothing fits") for size in MEMORIES)])
     table = markdown_table(["FLOPs", *(f"{name}, {size} GB" for size, name in MEMORIES.items())], rows)
     wins = "\n".join(_wins(entry) for entry in content["inference"]["maps"])
     state = "fitted" if content["eta_fitted"] else "ASSUMED, not measured"
@@ -72,7 +72,7 @@ more memory stops helping, and stars are the best of each device.
 
 ## Where DS-MoE wins as inference demand grows
 
-{content["inference"]["flops"]:.0e} FLOPs for training and inference together. A DS-MoE trains all of its parameters
+{content["inference"]["flops"]:g} FLOPs for training and inference together. A DS-MoE trains all of its parameters
 (6 N_total per token), runs the active ones (2 N_active) and has the loss of a dense model of eta x N_total
 (eta {state}). It has the lowest loss:
 

@@ -17,6 +17,7 @@ from dsmoe.planner.units import format_count
 SMOE_EXPERTS = (2, 4, 8, 16, 32)
 DSMOE_EXPERTS = 32
 ACTIVE_SHARE = 0.33
+SMALLEST = 0.75  # an optimum below this share of the smallest hidden size is said to be out of reach
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def candidate_families(
     law: PlanningLaw,
     num_experts: Sequence[int] | None = None,
     active_share: float = ACTIVE_SHARE,
-    vocab_size: int = LAW_VOCAB_SIZE,
+    vocab_size: int | None = None,
     kinds: Sequence[str] = ("dense", "smoe", "dsmoe"),
 ) -> list[Family]:
     """Dense, SMoE and DS-MoE candidates.
@@ -88,13 +89,13 @@ def candidate_families(
         law: leaves out the numbers of experts that it has no entry for, unless they are asked for by name.
         num_experts: of SMoE and DS-MoE, those above 1; None: 2 to 32 for SMoE, 32 for DS-MoE.
         active_share: mean share of MLP experts that a DS-MoE runs.
-        vocab_size: entries of each embedding table.
+        vocab_size: entries of each embedding table; None: as the law's runs had, or those of the published law.
         kinds: which kinds to consider.
 
     Raises:
         UserError: no candidate is left, or the law can't say anything about one that was asked for.
     """
-    known = law.known_experts
+    known, vocab_size = law.known_experts, vocab_size or law.vocab_size or LAW_VOCAB_SIZE
     if num_experts is None:
         smoe: Sequence[int] = [count for count in SMOE_EXPERTS if known is None or count in known]
         dsmoe: Sequence[int] = (DSMOE_EXPERTS,)
@@ -225,6 +226,9 @@ def _notes(limits: Limits, law: PlanningLaw, rows: Sequence[Row]) -> list[str]:
     ranks: dict[str, list[str]] = {}
     for rank, row in enumerate(rows, 1):
         for note in row.fields["recipe_notes"]:
+            ranks.setdefault(note, []).append(str(rank))
+        if row.continuous.hidden_size < SMALLEST * row.family.step:
+            note = f"the optimum lies below the smallest shape (d = {row.family.step}), which is taken"
             ranks.setdefault(note, []).append(str(rank))
     for note, which in ranks.items():
         notes.append(f"{'all rows' if len(which) == len(rows) else 'rank ' + ', '.join(which)}: {note}")

@@ -12,8 +12,9 @@ from dsmoe.planner.recipe import SEQUENCE_LENGTH
 ROUTER_LOSS = {
     "dense": {},
     "smoe": {"load_balancing_coef": 0.01},
-    "dsmoe": {"router_mi_loss_coef_mlp": 3.0e-3},
+    "dsmoe": {"router_mi_loss_coef_mlp": 1.0e-3, "load_balancing_coef": 0.01},
 }
+MASK_PHASE = 0.4
 
 
 def training_config(row: Row, context_length: int = 0) -> dict[str, Any]:
@@ -38,6 +39,8 @@ def training_config(row: Row, context_length: int = 0) -> dict[str, Any]:
     if kind == "smoe":
         # Switch: the one kept expert is scaled by its probability
         model |= {"mlp_gate_scale": 1.0, "mlp_routing": {"policy": "top_k", "k": 1}}
+    if kind == "dsmoe":  # routers, their losses and the mask phase are those of configs/recipe/dsmoe.yaml
+        model |= {"gate_normalization": "l2", "router_initializer_range": 0.01}
     config: dict[str, Any] = {
         "name": f"plan-{kind}-{fields['num_experts']}-d{fields['hidden_size']}",
         "model": model,
@@ -53,7 +56,7 @@ def training_config(row: Row, context_length: int = 0) -> dict[str, Any]:
     if kind == "dsmoe" and fields["num_experts"] > 1:
         # rounding must not take it below one expert, which the trainer refuses
         target = max(round(row.family.active_share, 4), 1 / fields["num_experts"])
-        config["mask_phase"] = {"fraction": 0.2, "target_active": target}
+        config["mask_phase"] = {"fraction": MASK_PHASE, "target_active": target}
     sequences = fields["batch_tokens"] // SEQUENCE_LENGTH
     config["train"] = {
         "output_dir": f"runs/{config['name']}",
@@ -67,7 +70,7 @@ def training_config(row: Row, context_length: int = 0) -> dict[str, Any]:
 
 def config_text(plan: Plan, rank: int) -> str:
     """The configuration of the row of that rank (1: the best) as YAML, with comments."""
-    row = plan.rows[rank - 1]
+    row, context_length = plan.rows[rank - 1], plan.limits.serving.context_length
     fields = row.fields
     marks = [
         word for word, on in (("extrapolated", fields["extrapolated"]), ("assumed", fields["assumed"])) if on
@@ -76,10 +79,25 @@ def config_text(plan: Plan, rank: int) -> str:
         f"# {row.family.name}, rank {rank} of a plan by `dsmoe plan`; law: {plan.law.name}.",
         f"# Predicted loss {fields['loss']:.4f} nats per token, not measured ({', '.join(marks) or 'in range'}).",
         "# Learning rate, batch and router losses are starting points. Give the text with --data.path FOLDER.",
-        *(f"# NOTE: {note}." for note in fields["recipe_notes"]),
+        *(f"# NOTE: {note}." for note in (*fields["recipe_notes"], *_notes(row, context_length))),
     ]
-    body = yaml.safe_dump(training_config(row, plan.limits.serving.context_length), sort_keys=False)
+    body = yaml.safe_dump(training_config(row, context_length), sort_keys=False)
     return "\n".join(header) + "\n" + body
+
+
+def _notes(row: Row, context_length: int) -> list[str]:
+    notes = []
+    if row.family.kind == "dsmoe":
+        notes.append(
+            "L2 gates run in dsmoe, its transformers model and its vLLM plugin only; gate_normalization: softmax, with "
+            "router_mi_loss_coef_mlp: 3.0e-3, can be exported to stock formats"
+        )
+    if context_length > SEQUENCE_LENGTH:
+        notes.append(
+            f"training reads {SEQUENCE_LENGTH:,} tokens at a time, so positions beyond, up to the {context_length:,} of "
+            "--context, are not trained; raise data.sequence_length, or train on at longer ones"
+        )
+    return notes
 
 
 def write_config(plan: Plan, rank: int, path: str | Path) -> None:

@@ -136,6 +136,7 @@ def _run_of(summary: Any, path: Path, log: Path | None) -> tuple[Run, list[str]]
         active_share=share,
         corpus=_corpus(summary),
         windows=summary.get("evaluation_windows", "first"),
+        vocab_size=int(model.vocab_size),
     )
     return checked(run, str(path)), notes
 

@@ -39,6 +39,7 @@ def as_json(fit: LawFit, decide_flops: Sequence[float] = ()) -> dict[str, Any]:
         "runs": len(fit.runs),
         "held_out_runs": len(fit.held_out),
         "range": ranges(fit),
+        "vocab_size": _vocabulary(fit),
         "decisions": decisions(fit, budgets),
         "notes": notes,
         "bic": fit.bic,
@@ -102,6 +103,12 @@ def ranges(fit: LawFit) -> dict[str, list[float]]:
     if dsmoe and len(shares) == len(dsmoe):  # tables don't tell it
         found["dsmoe_active_share"] = shares
     return {name: [float(min(values)), float(max(values))] for name, values in found.items()}
+
+
+def _vocabulary(fit: LawFit) -> int | None:
+    """Entries of the embedding table where all runs have one number of them and tell it; None: not known."""
+    sizes = {run.vocab_size for run in fit.runs}
+    return sizes.pop() if len(sizes) == 1 else None
 
 
 def decisions(fit: LawFit, budgets: Sequence[float]) -> list[dict[str, Any]]:

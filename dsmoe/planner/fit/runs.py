@@ -27,6 +27,7 @@ class Run:
         corpus: fingerprint of the text; None: not known.
         windows: how the windows lie that the loss was measured on: "spread" over the split, or, before that, "first" of
             each source; None: not known.
+        vocab_size: entries of the embedding table; None: not known.
     """
 
     kind: str
@@ -40,6 +41,7 @@ class Run:
     active_share: float | None = None
     corpus: str | None = None
     windows: str | None = None
+    vocab_size: int | None = None
 
     @property
     def training_flops(self) -> float:
