@@ -165,6 +165,9 @@ def new_folder(
     beside.mkdir()
     try:
         yield beside
+        # a file that is written after this one, and says that it is there, must not outlive it
+        for folder in (beside, *(found for found in beside.rglob("*") if found.is_dir())):
+            sync_folder(folder)
         if path.exists():
             old = _beside(path)
             path.rename(old)
@@ -176,9 +179,34 @@ def new_folder(
             shutil.rmtree(old)
         else:
             beside.rename(path)
+        sync_names(path.parent)
     finally:
         if beside.exists():
             shutil.rmtree(beside)
+
+
+def sync_folder(folder: Path) -> None:
+    """Bring the files in a folder, and their names, to the disk."""
+    for path in folder.iterdir():
+        if path.is_file():
+            _sync(path)
+    sync_names(folder)
+
+
+def sync_names(folder: Path) -> None:
+    """Bring the names in a folder to the disk, on systems where a folder can be opened for that."""
+    try:
+        _sync(folder)
+    except (PermissionError, IsADirectoryError):  # Windows
+        return
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def sha256(path: str | Path) -> str:

@@ -196,3 +196,16 @@ def test_refusals(tiny_model, tmp_path):
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(UserError, match="can't be read"):
         load_pretrained(tmp_path / "other", torch.float32)
+
+
+@pytest.mark.parametrize(
+    "entry", [{"dtype": "foo"}, {"num_experts": "four"}, {"rope_parameters": {"rope_theta": -1.0}}]
+)
+def test_entries_of_the_wrong_kind_are_one_line(tiny_model, tmp_path, entry):
+    save_pretrained(tiny_model(), tmp_path / "model", None)
+    path = tmp_path / "model" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **entry}))
+    with pytest.raises(UserError) as problem:
+        load_pretrained(tmp_path / "model", torch.float32)
+    assert str(tmp_path / "model") in str(problem.value) or "rope_theta is -1.0" in str(problem.value)
+    assert len(str(problem.value).splitlines()) == 1

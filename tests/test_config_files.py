@@ -14,6 +14,7 @@ from dsmoe.data.command import recipe_from_args
 from dsmoe.data.recipe import check_recipe
 from dsmoe.study.spec import read_study
 from dsmoe.trainer.command import parse
+from dsmoe.trainer.launch import count_micro_batches
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
@@ -91,6 +92,16 @@ def test_the_readme_prepares_a_corpus_and_trains_on_it(monkeypatch):
     assert run.data.path == str(args.output)
     # as the trainer has it: an embedding for every entry of the tokenizer
     assert run.model_config().vocab_size >= recipe.train_tokenizer
+
+
+def test_the_torchrun_command_of_the_docs_has_batches_for_its_processes(monkeypatch):
+    """Two processes can't share a batch of 8 in micro-batches of 8."""
+    monkeypatch.chdir(CONFIGS.parent)
+    text = (CONFIGS.parent / "train" / "README.md").read_text(encoding="utf-8")
+    line = next(line for line in text.splitlines() if line.startswith("torchrun --nproc_per_node "))
+    words = shlex.split(line)
+    run, _, _ = parse(words[words.index("train/pretrain.py") + 1 :])
+    assert count_micro_batches(run.train, int(words[2])) == 1
 
 
 @pytest.mark.parametrize("name,arm", [("dense", "dense"), ("dsmoe", "third"), ("smoe", "smoe-k11")])

@@ -1,5 +1,6 @@
 """Files: YAML without keys that vanish, and folders that appear whole."""
 
+import os
 from pathlib import Path
 
 import pytest
@@ -112,3 +113,20 @@ def test_the_current_folder_is_refused(tmp_path, monkeypatch, output):
     with pytest.raises(UserError, match="current folder"), new_folder(output, overwrite=True):
         pass
     assert (tmp_path / "current").is_dir()
+
+
+def test_a_folder_is_on_the_disk_before_it_has_its_name(tmp_path, monkeypatch):
+    """A summary that says that it is there must not outlive it in a power failure."""
+    done = []
+    sync = os.fsync
+    monkeypatch.setattr(os, "fsync", lambda handle: (done.append(os.fstat(handle).st_ino), sync(handle)))
+    rename = Path.rename
+    monkeypatch.setattr(Path, "rename", lambda self, to: (done.append("renamed"), rename(self, to))[1])
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "inner").mkdir()
+        for name in ("a", "inner/b"):
+            (folder / name).write_text(name)
+    before, after = done[: done.index("renamed")], done[done.index("renamed") + 1 :]
+    made = [tmp_path / "folder" / name for name in ("", "a", "inner", "inner/b")]
+    assert {path.stat().st_ino for path in made} <= set(before)
+    assert tmp_path.stat().st_ino in after

@@ -6,7 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AttentionInterface
 
 import dsmoe.model.moa as moa
-from dsmoe.model import DSMoEForCausalLM
+from dsmoe.model import DSMoEForCausalLM, grouped
+from dsmoe.model.attention import refuse_rows_of_documents
 from dsmoe.model.expert_loop import looped_experts
 from dsmoe.model.grouped import batched_experts
 
@@ -96,3 +97,36 @@ def test_experts_at_once_are_those_of_the_loop(mlp_type):
         results.append([y_TD, *torch.autograd.grad((y_TD * weights).sum(), given)])
     for ours, loop in zip(*results):
         torch.testing.assert_close(ours, loop, rtol=1e-12, atol=1e-12)
+
+
+def test_flash_attention_and_rows_of_documents():
+    """transformers looks for documents in batches of one row alone, and would silently join the others'."""
+    restarting = torch.tensor([[0, 1, 2, 0, 1], [0, 1, 0, 1, 2]])
+    plain = torch.arange(5).expand(2, 5)
+    refuse = refuse_rows_of_documents
+    with pytest.raises(ValueError, match="in a batch of one row only"):
+        refuse("flash_attention_2", restarting, None, None)
+    for given in [
+        ("flash_attention_2", restarting[:1], None, None),
+        ("flash_attention_2", plain, None, None),
+        ("flash_attention_2", restarting, torch.ones(2, 5), None),
+        ("flash_attention_2", restarting, None, object()),
+        ("sdpa", restarting, None, None),
+        (None, restarting, None, None),
+    ]:
+        refuse(*given)
+
+
+def test_the_grouped_product_of_other_versions_and_gpus(monkeypatch):
+    """torch 2.9 has it under another name, and GPUs before Ampere don't have it."""
+    for capability, product, wanted in [
+        ((8, 0), len, True),
+        ((9, 0), len, True),
+        ((7, 5), len, False),
+        ((9, 0), None, False),
+    ]:
+        grouped._has_grouped_mm.cache_clear()
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, found=capability: found)
+        monkeypatch.setattr(grouped, "_grouped_mm", product)
+        assert grouped._has_grouped_mm(0) is wanted
+    grouped._has_grouped_mm.cache_clear()

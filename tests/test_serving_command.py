@@ -137,6 +137,7 @@ def test_transformers_command_line(folder, both_installed, started, free_port):
     [
         (["--engine", "transformers", "--max-model-len", "64"], "--max-model-len is an option of vLLM"),
         (["--max-model-len", "0"], "it must be at least 1"),
+        (["--max-model-len", "65"], "was made for 64 positions"),
         (["--host", "no.such.host.invalid"], "can't listen there"),
         (["--port", "70000"], "it must be from 1 to 65535"),
     ],

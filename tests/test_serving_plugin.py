@@ -10,6 +10,7 @@ import torch
 from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM, use_routing
 from dsmoe.model.routing import route
+from dsmoe.serving import vllm_plugin
 from dsmoe.serving.experts_path import VARIABLE, experts_path
 from dsmoe.serving.fused_experts import chosen, route_into_fused
 from dsmoe.serving.limits import check_engine, check_servable
@@ -148,3 +149,48 @@ def test_all_heads_give_the_same_as_kept_heads(tiny_model):
     torch.testing.assert_close(model(ids).logits, expected)
     with use_routing(model, attention={"policy": "dense"}):
         assert not torch.allclose(model(ids).logits, expected)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "device", "eager"),
+    [
+        ({"mlp_routing": {"policy": "threshold", "threshold": 1.0}}, "cuda", True),
+        ({"mlp_routing": {"policy": "threshold", "threshold": 1.0}}, "cpu", False),
+        ({"mlp_routing": TOP_2}, "cuda", False),
+        ({}, "cuda", False),
+        (
+            {
+                "num_attention_experts": 4,
+                "num_key_value_heads": 1,
+                "qk_norm": "per_head",
+                "attention_routing": TOP_2,
+            },
+            "cuda",
+            True,
+        ),
+    ],
+)
+def test_models_that_no_graph_can_hold_run_eagerly(
+    tiny_config, monkeypatch, capsys, overrides, device, eager
+):
+    """Which experts tokens keep is read by the host, and a graph that was captured has none."""
+    monkeypatch.delenv(VARIABLE, raising=False)
+    table, module = {}, ModuleType("vllm.model_executor.models.config")
+    module.MODELS_CONFIG_MAP, module.VerifyAndUpdateConfig = table, object
+    for name in ("vllm", "vllm.model_executor", "vllm.model_executor.models"):
+        monkeypatch.setitem(sys.modules, name, ModuleType(name))
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    vllm_plugin._refuse_early()
+    parallel = {"tensor_parallel_size": 1, "pipeline_parallel_size": 1, "enable_expert_parallel": False}
+    model = SimpleNamespace(
+        hf_config=tiny_config(**overrides), quantization=None, dtype=torch.bfloat16, enforce_eager=False
+    )
+    given = SimpleNamespace(
+        model_config=model,
+        parallel_config=SimpleNamespace(**parallel),
+        device_config=SimpleNamespace(device_type=device),
+        lora_config=None,
+    )
+    table[ARCHITECTURE].verify_and_update_config(given)
+    assert model.enforce_eager is eager
+    assert ("without CUDA graphs" in capsys.readouterr().err) is eager

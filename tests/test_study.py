@@ -180,6 +180,19 @@ def test_what_a_record_holds_is_not_trained_again(study, tmp_path):
     assert len(list(output.glob("*/summary.json"))) == 6
 
 
+def test_a_set_value_is_the_one_that_a_yaml_would_have(study, tmp_path, monkeypatch):
+    """As a string a fraction of the mask phase kept runs from sharing their dense stage."""
+    seen = []
+    monkeypatch.setattr(command, "_carry_out", lambda args, study, chosen: seen.extend(chosen))
+    words = [word for value in ("mask_phase.fraction=0.7", "train.compile=true", "data.path=a/b", "name=[") for word in
+             ("--set", value)]  # fmt: skip
+    monkeypatch.setattr(command, "check_runs", lambda *args: None)
+    assert main([str(study), "--output", str(tmp_path / "runs"), *words]) == 0
+    found = seen[0].settings
+    assert (found["mask_phase.fraction"], found["train.compile"], found["data.path"]) == (0.7, True, "a/b")
+    assert found["name"] == "["
+
+
 def test_what_starts_from_another_run_is_left_to_the_trainer(study, tmp_path):
     content = copy.deepcopy(STUDY)
     content["groups"]["dsmoe"]["settings"] = {"train.init_from": "yet/to/come", "model.num_experts": 7}

@@ -126,6 +126,12 @@ def test_start_with_nothing_below():
     assert 0 < threshold < 1e-5
 
 
+def test_a_broken_step_gets_as_far_as_the_guard():
+    probs = torch.full((3, 4), 0.25)
+    probs[1] = float("nan")
+    assert histogram(probs).sum() == 12
+
+
 @pytest.mark.parametrize("targets", [[0.0], [0.5, 1.5], [-0.1], [float("nan")], [0.5, 0.5]])
 def test_bad_targets_are_refused(targets):
     with pytest.raises(UserError, match=r"mask_phase\.targets"):

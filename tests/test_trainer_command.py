@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from dsmoe.config.run import RunConfig
+from dsmoe.config.run import RunConfig, TrainSettings
 from dsmoe.errors import UserError
 from dsmoe.trainer.command import main
+from dsmoe.trainer.launch import count_micro_batches
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -86,7 +87,8 @@ def test_missing_file(capsys):
         (
             "train.global_batch_size",
             6,
-            "train.global_batch_size 6 is not a multiple of micro_batch_size 4 times 1",
+            "train.global_batch_size 6 is not a multiple of micro_batch_size 4 times 1 process(es); with "
+            "train.micro_batch_size 3 it is",
         ),
         ("train.micro_batch_size", 0, "train.micro_batch_size is 0"),
         ("train.log_every_steps", 0, "train.log_every_steps is 0"),
@@ -97,6 +99,9 @@ def test_missing_file(capsys):
         ("train.eval_policy", {"policy": "top_k", "k": 5}, "train.eval_policy: k is 5"),
         ("mask_phase.fraction", 1.5, "mask_phase.fraction 1.5"),
         ("mask_phase.target_active", 0.0, "target_active 0.0"),
+        ("mask_phase.targets", [0.5], "mask_phase.targets is [0.5] and mask_phase.fraction 0"),
+        ("mask_phase.policies", ["a"], "mask_phase.policies is ['a'] and mask_phase.fraction 0"),
+        ("distillation.teacher", "a", "distillation.teacher is 'a' and distillation.coef 0"),
         ("compare_to", "nowhere", "nowhere: no finished run there"),
         (
             "train.seeds",
@@ -144,6 +149,31 @@ def test_impossible_values(train, capsys, setting, value, expected):
     assert len(lines) == 1 and lines[0].startswith("error: ")
     assert expected in lines[0]
     assert not (run.folder / "log.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("settings", "words"),
+    [
+        ({"mask_phase__fraction": 0.5}, "mask_phase.fraction is 0.5, and the model has no MLP experts"),
+        (
+            {"router_loss__mi_control": "model", "router_loss__router_mi_loss_coef_mlp": 1e-3},
+            "router_loss.mi_control is 'model', and the model has no MLP experts",
+        ),
+    ],
+)
+def test_what_needs_mlp_experts_is_refused_without_them(train, capsys, settings, words):
+    heads = {"model__num_experts": 1, "model__num_attention_experts": 2, "model__qk_norm": "per_head"}
+    assert train("run", **heads, **settings).status == 2
+    assert words in capsys.readouterr().err
+
+
+def test_a_micro_batch_that_works_is_named():
+    train = TrainSettings(global_batch_size=16, micro_batch_size=16)
+    assert count_micro_batches(train, 1) == 1
+    with pytest.raises(UserError, match=r"16 times 2 process\(es\); with train.micro_batch_size 8 it is"):
+        count_micro_batches(train, 2)
+    with pytest.raises(UserError, match=r"3 process\(es\); raise it to a multiple of 3"):
+        count_micro_batches(train, 3)
 
 
 def test_a_target_below_one_expert(train, capsys):
@@ -318,3 +348,15 @@ def test_trackers(train):
     assert "router/mlp/entropy/1" in events.Tags()["scalars"]
     assert len(events.Scalars("lm_loss")) == 2
     assert json.dumps(run.losses()[0])[:5] == json.dumps(events.Scalars("lm_loss")[0].value)[:5]
+    # seeds don't overlay each other
+    several = train(
+        "several", train__trackers=["tensorboard"], train__total_tokens=2 * 128, train__seeds=[0, 1]
+    )
+    assert several.status == 0
+    folders = {path.parent for path in several.folder.rglob("events*")}
+    steps = {}
+    for folder in folders:
+        found = EventAccumulator(str(folder)).Reload()
+        if "lm_loss" in found.Tags()["scalars"]:
+            steps[folder] = [event.step for event in found.Scalars("lm_loss")]
+    assert list(steps.values()) == [[1, 2], [1, 2]], steps

@@ -1,8 +1,13 @@
 """Runs that differ in their mask phase alone share the steps before it, and end as if each had trained them."""
 
+from copy import deepcopy
+from dataclasses import asdict
+
 import pytest
 import torch
 
+from dsmoe.config.run import RunConfig
+from dsmoe.trainer.differences import changed
 from dsmoe.trainer.loop import TrainingRun
 from dsmoe.trainer.mask_phase import first_masked_step
 
@@ -113,3 +118,16 @@ def test_the_phase_begins_where_its_share_of_the_steps_does():
         6,
         0,
     ]
+    # 1 - 0.7 is a little above 0.3
+    assert [first_masked_step(0.7, steps) for steps in (10, 1000, 1126)] == [3, 300, 338]
+
+
+def test_micro_batches_of_another_size_are_another_run_where_means_run():
+    """Running means move once a micro-batch; exact statistics are those of the whole batch."""
+    exact, running = RunConfig(), RunConfig()
+    running.router_loss.mi_statistics = "running"
+    for config, words in ((exact, []), (running, ["train.micro_batch_size was"])):
+        other = deepcopy(config)
+        other.train.micro_batch_size += 1
+        found = changed(asdict(config), asdict(other))
+        assert len(found) == len(words) and all(map(str.startswith, found, words))

@@ -105,9 +105,9 @@ def test_the_next_step_reads_the_next_text(train, monkeypatch):
 
     seen, step = [], Stepper.step
 
-    def recorded(self, micro_batches, mi_factor):
+    def recorded(self, micro_batches, *args, **kwargs):
         seen.append(torch.cat([batch["input_ids"] for batch in micro_batches]))
-        return step(self, micro_batches, mi_factor)
+        return step(self, micro_batches, *args, **kwargs)
 
     monkeypatch.setattr(Stepper, "step", recorded)
     train("plain")
@@ -182,6 +182,32 @@ def test_judgement():
     assert again == guard
     unlimited = Guard(GuardSettings(max_consecutive=0, max_total=0), total=10**6, consecutive=10**6)
     assert unlimited.exhausted() is None
+
+
+def test_the_mask_phase_has_a_scale_of_its_own():
+    """Its loss jumps, and a step that is left out moves nothing that could bring it down."""
+    guard = Guard(GuardSettings(spike_stds=6.0, spike_window=10))
+    for step in range(40):
+        assert guard.judge(2.7 + 0.03 * (step % 2), 1.0 + 0.1 * (step % 2)) is None
+    assert guard.judge(3.1, 1.0) is not None
+    for step in range(40):
+        assert guard.judge(3.1 + 0.03 * (step % 2), 1.0 + 0.1 * (step % 2), masked=True) is None
+    assert guard.judge(4.0, 1.0, masked=True).startswith("masked loss 4 is a spike")
+    again = Guard(guard.settings)
+    again.load(json.loads(json.dumps(guard.state())))
+    assert again == guard
+
+
+def test_the_loop_tells_the_guard_of_the_mask_phase(train, monkeypatch):
+    judge, seen = Guard.judge, []
+
+    def recorded(self, loss, grad_norm, masked=False):
+        seen.append(masked)
+        return judge(self, loss, grad_norm, masked)
+
+    monkeypatch.setattr(Guard, "judge", recorded)
+    assert train("run", mask_phase__fraction=0.25).status == 0
+    assert seen == [False] * 6 + [True] * 2
 
 
 def test_running_scale():

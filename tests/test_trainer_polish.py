@@ -6,13 +6,15 @@ import shutil
 import pytest
 import torch
 import yaml
+from accelerate import Accelerator
 from torch.nn import functional
 
-from dsmoe import cli
-from dsmoe.config.run import MaskPhaseSettings
+from dsmoe import DSMoEForCausalLM, cli
+from dsmoe.config.run import DistillationSettings, MaskPhaseSettings
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.errors import UserError
-from dsmoe.trainer.distillation import kl_divergence
+from dsmoe.model import use_routing
+from dsmoe.trainer.distillation import Distiller, kl_divergence
 from dsmoe.trainer.mask_phase import make_controller
 
 MI = {"router_loss__router_mi_loss_coef_mlp": 1e-3}
@@ -137,6 +139,24 @@ def divergence(teacher, student, policies, corpus_dir):
         )
 
 
+@pytest.mark.parametrize("kind", ["dsmoe", "smoe"])
+def test_a_frozen_ds_moe_teaches_with_all_its_experts(train, dense_run, corpus_dir, kind):
+    """Whatever policies it was sparsified with; an SMoE never ran with all of them and keeps its own."""
+    folder = sparsified(dense_run, "--policy", "top_k", "--k", "1")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "kind": kind}))
+    teacher = DSMoEForCausalLM.from_pretrained(folder).eval()
+    tokens = torch.arange(24)[None] % teacher.config.vocab_size
+    batch = {"input_ids": tokens}
+    settings = DistillationSettings(coef=0.5, teacher=str(folder))
+    found = Distiller(settings, Accelerator(cpu=True), teacher)._teacher_logits(None, batch)
+    sparse = teacher(tokens).logits
+    with use_routing(teacher, mlp={"policy": "dense"}):
+        dense = teacher(tokens).logits
+    assert not torch.allclose(sparse, dense)
+    torch.testing.assert_close(found, dense if kind == "dsmoe" else sparse)
+
+
 def test_self_distillation_is_off_in_all_experts_mode(train):
     plain = train("plain", **MI)
     assert train("distilled", distillation__coef=0.5, **MI).log() == plain.log()
@@ -158,8 +178,24 @@ def test_policies_are_drawn_by_the_number_of_the_step(dense_run, tiny_config):
         make_controller(settings, tiny_config(num_hidden_layers=config.num_hidden_layers + 1))
     with pytest.raises(UserError, match="no MLP experts"):
         make_controller(settings, tiny_config(kind="dense", num_experts=1, num_attention_experts=1))
-    with pytest.raises(UserError, match=r"no config\.json"):
-        make_controller(MaskPhaseSettings(policies=["nowhere"]), config)
+    for folder, message in {
+        "nowhere": r"mask_phase\.policies: nowhere: no model folder \(config\.json is missing\); name folders of",
+        str(broken(first, "[")): "not a JSON file",
+        str(broken(first, json.dumps({"model_type": "dsmoe", "num_experts": "four"}))): r"config\.json: ",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            make_controller(MaskPhaseSettings(fraction=1.0, policies=[folder]), config)
+    # the folder of a run holds a config.json of its own, which says nothing of a model
+    of_run = make_controller(MaskPhaseSettings(fraction=1.0, policies=[str(dense_run.folder)]), config)
+    assert of_run.policy(4) == DSMoEConfig.from_pretrained(dense_run.folder / "final").mlp_routing
+
+
+def broken(folder, text):
+    """A copy of a model folder with another config.json."""
+    copy = folder.with_name(f"broken{len(list(folder.parent.iterdir()))}")
+    shutil.copytree(folder, copy)
+    (copy / "config.json").write_text(text)
+    return copy
 
 
 def test_polish_command(train, dense_run, capsys):
@@ -234,6 +270,16 @@ def test_what_polish_refuses_is_refused_before_training(dense_run, monkeypatch, 
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1, error
     assert sorted(home.rglob("*")) == before
+
+
+def test_polish_of_a_run_with_a_shared_dense_stage(train, tmp_path, capsys):
+    """Its settings name the stage, which polishing has none of."""
+    phase = {"mask_phase__fraction": 0.5, "mask_phase__dense_stage": str(tmp_path / "stage")}
+    run = train("staged", **phase, **MI)
+    assert run.status == 0
+    policies = sparsified(run, "--policy", "top_k", "--k", "1")
+    words = ["polish", str(run.folder), "--policies", str(policies), "--output", str(tmp_path / "polished")]
+    assert cli.main([*words, "--tokens", "256", "--learning-rate", "1e-3"]) == 0, capsys.readouterr().err
 
 
 def test_polish_refuses_a_learning_rate_that_decayed_to_nothing(train, capsys):

@@ -3,7 +3,6 @@
 It holds {"files": {name: {"size": bytes, "sha256": digits}}}. A folder without one is not a whole checkpoint.
 """
 
-import os
 from pathlib import Path
 
 from dsmoe.errors import UserError
@@ -13,13 +12,11 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path) -> None:
-    """Bring a finished folder to the disk (fsync of every file, then of the folder) and list what is in it."""
+    """List what is in a finished folder."""
     files = {}
     for path in sorted(folder.iterdir()):
-        _sync(path)
         files[path.name] = {"size": path.stat().st_size, "sha256": sha256(path)}
     write_json(folder / MANIFEST, {"files": files})
-    sync_folder(folder)
 
 
 def find_damage(folder: Path) -> str | None:
@@ -48,19 +45,3 @@ def find_damage(folder: Path) -> str | None:
         except OSError as error:
             return f"{folder / name}: unreadable ({error.strerror})"
     return None
-
-
-def sync_folder(folder: Path) -> None:
-    """Bring the names in a folder to the disk, on systems where a folder can be opened for that."""
-    try:
-        _sync(folder)
-    except (PermissionError, IsADirectoryError):  # Windows
-        return
-
-
-def _sync(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

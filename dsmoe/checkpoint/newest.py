@@ -4,9 +4,9 @@ import re
 import sys
 from pathlib import Path
 
-from dsmoe.checkpoint.manifest import find_damage, sync_folder
+from dsmoe.checkpoint.manifest import find_damage
 from dsmoe.errors import UserError
-from dsmoe.files import read_json, write_json
+from dsmoe.files import read_json, sync_names, write_json
 
 POINTER = "latest.json"
 _NAME = re.compile(r"step-(\d{8})$")
@@ -27,7 +27,7 @@ def holds_checkpoints(run_dir: Path) -> bool:
 
 def point_to(checkpoint: Path) -> None:
     """Make `latest.json` name this checkpoint; to be called once it is whole and in its place."""
-    sync_folder(checkpoint.parent)
+    sync_names(checkpoint.parent)
     write_json(
         checkpoint.parent / POINTER, {"checkpoint": checkpoint.name, "step": int(checkpoint.name[-8:])}
     )

@@ -42,6 +42,9 @@ TOKENIZER_FILES = (
     "chat_template.jinja",
 )
 
+# what transformers and torch raise at entries of config.json that are of the wrong kind, such as "dtype": "foo"
+_BAD_CONFIG = (ValueError, TypeError, KeyError, AttributeError)
+
 
 def write_pretrained(
     model: PreTrainedModel,
@@ -122,6 +125,21 @@ def model_folder(path: str | Path) -> Path:
     return folder
 
 
+def read_config(path: str | Path) -> DSMoEConfig:
+    """The configuration of a dsmoe model, from a model folder or a run's folder (its `final/`).
+
+    Raises:
+        UserError: no model there, one of another architecture, or a config.json that is none.
+    """
+    folder = model_folder(path)
+    try:
+        return DSMoEConfig.from_pretrained(folder)
+    except UserError as error:
+        raise UserError(f"{folder / 'config.json'}: {error}") from None
+    except (OSError, *_BAD_CONFIG) as error:
+        raise UserError(f"{folder / 'config.json'}: can't be read ({_reason(error)})") from None
+
+
 def final_of_run(folder: Path) -> Path:
     """`final/` of the folder of a run, which has no model of its own; any other folder itself."""
     final = folder / "final"
@@ -167,14 +185,17 @@ def load_pretrained(path: str | Path, dtype: torch.dtype) -> tuple[DSMoEForCausa
             folder, dtype=dtype, output_loading_info=True, ignore_mismatched_sizes=True
         )
         model, loading = loaded
-    except (OSError, SafetensorError, RuntimeError, ValueError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: the model can't be read ({reason})") from None
+    except (OSError, SafetensorError, RuntimeError, *_BAD_CONFIG) as error:
+        raise UserError(f"{folder}: the model can't be read ({_reason(error)})") from None
     finally:
         if bars:
             transformers_logging.enable_progress_bar()
     check_weights(folder, loading)
     return model.eval(), folder
+
+
+def _reason(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 def check_weights(path: str | Path, loading: Mapping[str, Any], *, unexpected: bool = True) -> None:

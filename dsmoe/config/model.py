@@ -136,8 +136,6 @@ class DSMoEConfig(PreTrainedConfig):
                      "num_attention_heads", "num_attention_experts", "max_position_embeddings"):  # fmt: skip
             if getattr(self, name) < 1:
                 raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
-        if not 0 < self.rope_theta < math.inf:
-            raise UserError(f"model.rope_theta is {self.rope_theta}; it must be above 0")
         for name in ("rms_norm_eps", "initializer_range", "router_initializer_range"):
             value = getattr(self, name)
             if value is not None and not 0 <= value < math.inf:
@@ -147,6 +145,8 @@ class DSMoEConfig(PreTrainedConfig):
             self.rope_parameters = {"rope_type": "default", "rope_theta": self.rope_theta}
         else:
             self.rope_theta = float(self.rope_parameters.get("rope_theta", self.rope_theta))
+        if not 0 < self.rope_theta < math.inf:
+            raise UserError(f"model.rope_theta is {self.rope_theta}; it must be above 0")
         self._check_experts("mlp")
         self._check_experts("attention")
         self._check_kind()

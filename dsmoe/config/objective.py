@@ -122,6 +122,12 @@ class MaskPhaseSettings:
             raise UserError(
                 "mask_phase.targets and mask_phase.policies are two ways to train several budgets; give one of them"
             )
+        for name in ("targets", "policies"):
+            if getattr(self, name) and not self.fraction:
+                raise UserError(
+                    f"mask_phase.{name} is {getattr(self, name)} and mask_phase.fraction 0, so there is no phase to have "
+                    "them; set mask_phase.fraction"
+                )
         if self.dense_stage and not 0 < self.fraction < 1:
             raise UserError(
                 f"mask_phase.dense_stage is {self.dense_stage!r} and mask_phase.fraction {self.fraction:g}; a stage to "
@@ -135,8 +141,8 @@ class DistillationSettings:
 
     Args:
         coef: weight of KL(teacher || student); the language-modelling loss gets 1 - coef. 0: none.
-        teacher: model folder of a frozen teacher, run with all its experts and whole on each process (untested with
-            `train.sharding`); empty: the model itself.
+        teacher: model folder of a frozen teacher, whole on each process (untested with `train.sharding`): a DS-MoE is run
+            with all its experts, an SMoE with those that it was trained with; empty: the model itself.
     """
 
     coef: float = 0.0
@@ -146,3 +152,8 @@ class DistillationSettings:
         """Raise UserError on values that can't work, naming the field."""
         if not 0 <= self.coef <= 1:
             raise UserError(f"distillation.coef is {self.coef}; it must be from 0 to 1")
+        if self.teacher and not self.coef:
+            raise UserError(
+                f"distillation.teacher is {self.teacher!r} and distillation.coef 0, so nothing would be learned from it; "
+                "set coef, or leave the teacher out"
+            )

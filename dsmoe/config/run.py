@@ -260,6 +260,16 @@ class RunConfig:
                 f"{why if kind == 'smoe' else 'which has no experts to leave out'}; leave the mask phase out, or use "
                 "kind 'dsmoe'"
             )
+        for name, wanted in (
+            ("mask_phase.fraction", self.mask_phase.fraction),
+            ("router_loss.mi_control", self.router_loss.mi_control != "none"),
+        ):
+            if wanted and self.model.num_experts == 1:
+                section, field_name = name.split(".")
+                raise UserError(
+                    f"{name} is {getattr(getattr(self, section), field_name)!r}, and the model has no MLP experts "
+                    "(model.num_experts 1), so it would change nothing; leave it out"
+                )
         for name in ("mlp_routing", "attention_routing"):
             policies = getattr(self.model, name)
             policies = policies if isinstance(policies, list) else [policies]

@@ -131,8 +131,10 @@ def _load_stock(folder: Path) -> Any:
             folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except (OSError, SafetensorError, RuntimeError) as error:
-        raise UserError(f"{folder}: the model can't be read ({str(error).splitlines()[0]})") from None
+    # the last four: entries of config.json that are of the wrong kind, such as "dtype": "foo"
+    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise UserError(f"{folder}: the model can't be read ({reason})") from None
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -144,3 +144,28 @@ class Attention(KeyValueAttention):
         key, value = self.keys_and_values(x_BSD, *position_embeddings, past_key_values)
         out, weights = self.attend(query, key, value, attention_mask, **kwargs)
         return self.o_proj(out.flatten(2)), weights, None
+
+
+def refuse_rows_of_documents(
+    implementation: str | None, position_ids: Tensor, mask: Any, cache: Cache | None
+) -> None:
+    """Refuse what transformers' flash attention would silently read as one document a row.
+
+    It looks for documents in batches of one row alone. The host waits for the answer, as it does there.
+
+    Args:
+        implementation: of attention, as transformers names it.
+        position_ids: [B, S].
+        mask: the attention mask that layers are given.
+        cache: of keys and values.
+
+    Raises:
+        ValueError: positions restart inside a row of several.
+    """
+    if not (implementation or "").startswith("flash") or mask is not None or cache is not None:
+        return
+    if position_ids.shape[0] > 1 and bool((position_ids.diff(dim=-1) != 1).any()):
+        raise ValueError(
+            f"position_ids restart inside a row, and {implementation} tells documents apart in a batch of one row only; "
+            "put all documents into one row, or use sdpa"
+        )

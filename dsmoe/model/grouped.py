@@ -9,7 +9,8 @@ layer is one opaque operation, with gradients a break in the graph: its shapes d
 Shapes: T tokens, P kept pairs, N experts, D hidden size, F hidden units of one expert, H = 2F (swiglu) or F.
 """
 
-from collections.abc import Sequence
+import functools
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -26,6 +27,10 @@ from dsmoe.model.wide import wide_experts
 # more. Measured on one core with AVX-512 and AMX, F from 16 to 256 and shares from a tenth to a half: the faster of
 # the two is chosen but where they are within a third of each other.
 _NARROW = {True: 64, False: 24}
+# public from torch 2.10 on
+_grouped_mm: Callable[..., Tensor] | None = getattr(torch.nn.functional, "grouped_mm", None) or getattr(
+    torch, "_grouped_mm", None
+)
 
 
 class _GroupedLinear(torch.autograd.Function):
@@ -66,7 +71,14 @@ def uses_grouped_mm(x_PI: Tensor, weight: Tensor) -> bool:
         and x_PI.dtype in (torch.bfloat16, torch.float16)
         and weight.shape[1] % 8 == 0
         and weight.shape[2] % 8 == 0
+        and _has_grouped_mm(x_PI.get_device())
     )
+
+
+@functools.cache
+def _has_grouped_mm(device: int) -> bool:
+    """Whether this torch has it, and the GPU of this number: Ampere or newer."""
+    return _grouped_mm is not None and torch.cuda.get_device_capability(device) >= (8, 0)
 
 
 def grouped_linear(x_PI: Tensor, weight: Tensor, counts_N: Tensor, layout: str) -> Tensor:
@@ -87,7 +99,8 @@ def grouped_linear(x_PI: Tensor, weight: Tensor, counts_N: Tensor, layout: str) 
             ends_N = counts_N.cumsum(0, dtype=torch.int32)
             weight = weight.to(x_PI.dtype)
             weight_NIO = weight.transpose(1, 2) if layout == "out_in" else weight
-            return torch.nn.functional.grouped_mm(x_PI, weight_NIO, offs=ends_N)
+            assert _grouped_mm is not None
+            return _grouped_mm(x_PI, weight_NIO, offs=ends_N)
         return _GroupedLinear.apply(x_PI, weight, counts_N.tolist(), layout)
 
 
@@ -165,7 +178,8 @@ def batched_experts(
         return total.index_add(0, token_P, y_PD.to(total.dtype)).to(dtype)
 
 
-@torch.library.custom_op("dsmoe::grouped_experts", mutates_args=())
+# the host reads how many pairs each expert has, which no captured graph can
+@torch.library.custom_op("dsmoe::grouped_experts", mutates_args=(), tags=(torch.Tag.cudagraph_unsafe,))
 def _operation(
     x_TD: Tensor, gates_TN: Tensor, expert_mask_TN: Tensor, up_NHD: Tensor, down_NFD: Tensor, mlp_type: str
 ) -> Tensor:

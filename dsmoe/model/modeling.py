@@ -15,7 +15,7 @@ from transformers.utils.generic import merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
 from dsmoe.config import DSMoEConfig
-from dsmoe.model.attention import Attention, KeyValueAttention
+from dsmoe.model.attention import Attention, KeyValueAttention, refuse_rows_of_documents
 from dsmoe.model.experts import Experts
 from dsmoe.model.initial import Stored, initialise_experts, initialise_heads, initialise_linear, mark
 from dsmoe.model.mlp import MixtureMLP
@@ -149,7 +149,7 @@ class DSMoEModel(DSMoEPreTrainedModel):
             input_ids: [B, S] int64; or give `inputs_embeds` [B, S, D].
             attention_mask: [B, past + S], 0 on padding.
             position_ids: [B, S]; where they restart inside a row, documents are isolated from each other
-                (only without attention mask and cache).
+                (only without attention mask and cache; with flash attention a batch of one row alone).
             past_key_values: the cache to continue.
             inputs_embeds: see `input_ids`; as the table has them, for `normalize_embeddings` divides these by their root
                 mean square too.
@@ -181,6 +181,7 @@ class DSMoEModel(DSMoEPreTrainedModel):
         )
         if given is not None:
             # flash attention is given no mask and finds the documents here
+            refuse_rows_of_documents(self.config._attn_implementation, given, causal_mask, past_key_values)
             kwargs["position_ids"] = given
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)

@@ -80,6 +80,11 @@ def run(args: argparse.Namespace) -> None:
     engine = choose_engine(args.engine)
     if args.max_model_len is not None and args.max_model_len < 1:
         raise UserError(f"--max-model-len is {args.max_model_len}; it must be at least 1")
+    if args.max_model_len is not None and args.max_model_len > config.max_position_embeddings:
+        raise UserError(
+            f"--max-model-len is {args.max_model_len}, and {folder} was made for {config.max_position_embeddings} "
+            "positions (max_position_embeddings); give at most that"
+        )
     dtype = args.dtype or _stored_dtype(config, folder)
     request = Request(folder, args.host, args.port, dtype, args.max_model_len, more=args.engine_arguments)
     if engine == "vllm":

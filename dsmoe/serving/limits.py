@@ -23,6 +23,25 @@ def check_servable(config: DSMoEConfig) -> None:
                 )
 
 
+def needs_eager(config: DSMoEConfig, device_type: str) -> str | None:
+    """Why vLLM must run a model without CUDA graphs, in a few words; None: it needn't.
+
+    The own paths of experts and of attention heads have the host read which ones tokens keep; a graph that is captured
+    once and replayed has no host in it.
+
+    Args:
+        config: of the model.
+        device_type: "cpu", "cuda", ...
+    """
+    if device_type == "cpu":
+        return None
+    if experts_path(config, device_type) == "own" and not config.keeps_all("mlp"):
+        return "its experts are computed by this project's own code, not vLLM's"
+    if not config.keeps_all("attention"):
+        return "its attention experts are chosen per token"
+    return None
+
+
 def check_engine(vllm_config: Any) -> None:
     """Refuse what vLLM is asked for and can't do with this architecture.
 

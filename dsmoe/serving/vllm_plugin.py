@@ -5,6 +5,7 @@ any other, without trust_remote_code. The model class is named, not imported: it
 """
 
 import contextlib
+import sys
 from typing import Any
 
 ARCHITECTURE = "DSMoEForCausalLM"
@@ -28,14 +29,19 @@ def _refuse_early() -> None:
     with contextlib.suppress(ImportError):  # an internal table of vLLM
         from vllm.model_executor.models.config import MODELS_CONFIG_MAP, VerifyAndUpdateConfig
 
-        from dsmoe.serving.limits import check_engine
+        from dsmoe.serving.limits import check_engine, needs_eager
 
         class Checks(VerifyAndUpdateConfig):
             """vLLM's form of a check."""
 
             @staticmethod
             def verify_and_update_config(vllm_config: Any) -> None:
-                """Refuse what can't be served."""
+                """Refuse what can't be served, and switch CUDA graphs off where the model can't be captured."""
                 check_engine(vllm_config)
+                model, device = vllm_config.model_config, vllm_config.device_config.device_type
+                reason = needs_eager(model.hf_config, device)
+                if reason is not None and not model.enforce_eager:
+                    print(f"note: vLLM runs eagerly, without CUDA graphs: {reason}", file=sys.stderr)
+                    model.enforce_eager = True
 
         MODELS_CONFIG_MAP.setdefault(ARCHITECTURE, Checks)

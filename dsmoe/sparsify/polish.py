@@ -108,7 +108,7 @@ def polish_config(args: argparse.Namespace) -> RunConfig:
     optim.learning_rate = _learning_rate(args, config)
     optim.schedule, optim.min_lr_ratio, optim.warmup_fraction = "cosine", 1.0, 0.02
     config.name = f"{config.name}-polish"
-    config.mask_phase.fraction, config.mask_phase.targets = 1.0, []
+    config.mask_phase.fraction, config.mask_phase.targets, config.mask_phase.dense_stage = 1.0, [], ""
     config.mask_phase.policies = [str(model_folder(folder)) for folder in args.policies]
     config.distillation.coef, config.distillation.teacher = args.distill, args.teacher
     config.data.path = args.data or config.data.path
@@ -138,16 +138,6 @@ def _check_models(args: argparse.Namespace, config: RunConfig) -> None:
     make_controller(config.mask_phase, model)
     if args.teacher:
         model_folder(args.teacher)
-    for folder in args.policies:
-        other = DSMoEConfig.from_pretrained(model_folder(folder))
-        for part in ("mlp", "attention"):
-            layers = range(model.num_hidden_layers)
-            if any(model.kept_experts(part, layer) != other.kept_experts(part, layer) for layer in layers):
-                # training would choose among all of them, and the result store all of them
-                raise UserError(
-                    f"--policies {folder}: experts were removed from it that {args.trained} has, and polishing would "
-                    "bring them back; run `dsmoe sparsify` without --remove-unused"
-                )
 
 
 def _places(args: argparse.Namespace, config: RunConfig) -> list[Path]:

@@ -10,6 +10,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 from dsmoe.checkpoint.diskfull import disk_is_full
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import write_json, write_text
@@ -81,7 +83,7 @@ def _run(args: argparse.Namespace) -> None:
             raise UserError(f"--set {setting!r} must be NAME=VALUE, for example data.path=data/mine")
         check_setting(name, f"--set {setting!r}")
         for run in study.runs:
-            run.settings[name] = value
+            run.settings[name] = _as_in_yaml(value)
     chosen = [run for run in study.runs if fnmatch.fnmatch(run.name, args.only)]
     if not chosen:
         raise UserError(f"--only {args.only!r} matches no run; --list prints them")
@@ -92,6 +94,14 @@ def _run(args: argparse.Namespace) -> None:
         return
     with _clear_about_the_disk(args.output):
         _carry_out(args, study, chosen)
+
+
+def _as_in_yaml(text: str) -> Any:
+    """The value that a study's YAML would have: 0.7 a number, so that runs of either are the same."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError:
+        return text
 
 
 def _carry_out(args: argparse.Namespace, study: Study, chosen: Sequence[StudyRun]) -> None:

@@ -15,7 +15,7 @@ from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError
 from dsmoe.files import write_json, write_text
 from dsmoe.trainer.dense_stage import find_stage, is_last_dense_step, stage_folder, take_log
-from dsmoe.trainer.differences import HARMLESS, POSITION, differences, with_defaults
+from dsmoe.trainer.differences import POSITION, changed, differences, with_defaults
 from dsmoe.trainer.log import RunLog
 from dsmoe.trainer.parallel import Replicated, Tensors
 from dsmoe.trainer.signals import SIGNALS, Stopped, StopSignals
@@ -198,7 +198,7 @@ class Checkpointer:
                 f"{checkpoint}: has taken {record['step']} steps, and train.total_tokens "
                 f"{self.config.train.total_tokens} gives {self.config.total_steps}; {advice}"
             )
-        changes = differences(with_defaults(record["config"]), dataclasses.asdict(self.config), HARMLESS)
+        changes = changed(with_defaults(record["config"]), dataclasses.asdict(self.config))
         # a mapping, such as data.weights, differs in its entries
         moved = [
             change

@@ -20,8 +20,8 @@ from dsmoe.config.run import RunConfig
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import load_yaml, read_json, write_json, write_text
-from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
-from dsmoe.trainer.launch import finish, start
+from dsmoe.trainer.differences import changed, with_defaults
+from dsmoe.trainer.launch import finish, start, start_trackers
 from dsmoe.trainer.lock import RunLock
 from dsmoe.trainer.loop import TrainingRun
 from dsmoe.trainer.outcome import measured_by
@@ -136,8 +136,6 @@ def _run(argv: Sequence[str] | None) -> None:
     root = Path(config.train.output_dir)
     with StopSignals(speak=accelerator.is_main_process) as signals, ExitStack() as held, told_when_full(root):
         on_main(accelerator, lambda: _take_over(root, held))
-        if config.train.trackers:
-            accelerator.init_trackers(config.name)
         end = None
         try:
             summaries = _train_seeds(config, accelerator, signals)
@@ -188,6 +186,7 @@ def _train_seeds(config: RunConfig, accelerator: Accelerator, signals: StopSigna
             accelerator.print(f"seed {seed} is finished already ({folder / 'summary.json'})")
             continue
         _refuse_to_replace(config, folder)
+        start_trackers(config, seed, accelerator)
         run = TrainingRun(copy.deepcopy(config), seed, folder, accelerator, signals)
         run.begin()
         if accelerator.is_main_process:
@@ -242,7 +241,7 @@ def _folder_of(config: RunConfig, seed: int) -> Path:
 def _finished(config: RunConfig, seed: int, folder: Path) -> dict[str, Any]:
     """The summary of a finished run, which must be one of the same configuration and seed."""
     summary = read_json(folder / "summary.json")
-    changes = differences(with_defaults(summary["config"]), dataclasses.asdict(config), HARMLESS)
+    changes = changed(with_defaults(summary["config"]), dataclasses.asdict(config))
     if summary["seed"] != seed:
         changes.insert(0, f"its seed is {summary['seed']} and train.seeds asks for {seed}")
     if changes:

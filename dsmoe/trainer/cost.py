@@ -14,6 +14,7 @@ from dsmoe.accounting import (
 from dsmoe.accounting.sizes import MeanActive
 from dsmoe.config import DSMoEConfig
 from dsmoe.config.run import RunConfig
+from dsmoe.errors import UserError
 from dsmoe.losses import RouterStatistics
 
 
@@ -93,7 +94,7 @@ def sizes_and_cost(
         # a model in all-experts mode is its own teacher's equal: nothing is computed then
         taught = tokens if teacher is not None or model_config.kind == "smoe" else masked_tokens
         context = (config.data.sequence_length + 1) / 2
-        flops += forward_flops_per_token(teacher or model_config, context, all_experts=True).total * taught
+        flops += _teacher_flops(teacher, model_config, context) * taught
     return {
         "num_params_total": counts.total,
         "num_params_active": counts.active,
@@ -121,3 +122,11 @@ def _flops_per_token(
     if gathers:
         flops += training_forward_flops_per_token(model_config, length, active, True, masked).layers
     return flops
+
+
+def _teacher_flops(teacher: DSMoEConfig | None, student: DSMoEConfig, context: float) -> float:
+    """Forward pass of a token: of the model with all its experts, or of a frozen teacher by its own policies."""
+    try:
+        return forward_flops_per_token(teacher or student, context, all_experts=teacher is None).total
+    except UserError:  # an SMoE of thresholds, whose experts depend on the text: at most all of them
+        return forward_flops_per_token(teacher, context, all_experts=True).total

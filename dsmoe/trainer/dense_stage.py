@@ -14,7 +14,7 @@ from dsmoe.checkpoint import newest_intact
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError
 from dsmoe.files import read_json
-from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
+from dsmoe.trainer.differences import changed, with_defaults
 from dsmoe.trainer.mask_phase import first_masked_step
 
 
@@ -77,4 +77,4 @@ def _unlike(config: RunConfig, seed: int, corpus: str, record: Mapping[str, Any]
     before, now = with_defaults(record["config"]), asdict(config)
     # what the phase does has no part in the steps before it
     before["mask_phase"] = now["mask_phase"]
-    return next(iter(differences(before, now, HARMLESS)), None)
+    return next(iter(changed(before, now)), None)

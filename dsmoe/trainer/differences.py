@@ -20,6 +20,15 @@ POSITION = ("train.global_batch_size", "data.sequence_length", "data.order_seed"
             "data.unique_fraction")  # fmt: skip
 
 
+def changed(old: Mapping[str, Any], new: Mapping[str, Any]) -> list[str]:
+    """What differs between two runs' settings and may change their numbers, as `differences` has it."""
+    harmless = HARMLESS
+    if "running" in (settings.get("router_loss", {}).get("mi_statistics") for settings in (old, new)):
+        # running means move once a micro-batch
+        harmless -= {"train.micro_batch_size"}
+    return differences(old, new, harmless)
+
+
 def with_defaults(settings: Mapping[str, Any]) -> dict[str, Any]:
     """A run's saved settings, with the defaults of those that have been added to the code since."""
     return {

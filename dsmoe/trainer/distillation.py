@@ -17,7 +17,7 @@ from dsmoe.checkpoint.pretrained import load_pretrained
 from dsmoe.config.routing import DENSE
 from dsmoe.config.run import DistillationSettings
 from dsmoe.errors import UserError
-from dsmoe.model import DSMoEForCausalLM, model_inputs, use_routing
+from dsmoe.model import DSMoEForCausalLM, model_inputs, set_routing, use_routing
 from dsmoe.trainer.statistics import PARTS
 
 _CHUNK_ENTRIES = 1 << 24  # float32 log-probabilities of a chunk stay below 64 MiB
@@ -68,6 +68,9 @@ class Distiller:
                     f"distillation.teacher {folder}: {teacher.config.vocab_size} vocabulary entries, the model has "
                     f"{model.config.vocab_size}"
                 )
+            if teacher.config.kind == "dsmoe":
+                for part in PARTS:
+                    set_routing(teacher, part, DENSE)
             self.frozen = teacher.to(accelerator.device).eval().requires_grad_(False)
 
     def wanted(self, model: Any) -> bool:

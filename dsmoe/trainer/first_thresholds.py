@@ -44,6 +44,8 @@ def first_thresholds(stepper: Stepper, micro_batches: list[Batch], shares: Seque
 def histogram(probs_TN: Tensor) -> Tensor:
     """[bins] counts of log2(N * p); a token's best expert counts in the highest bin, since every threshold keeps it."""
     width = (math.log2(probs_TN.shape[-1]) - _LOWEST) / _BINS
+    # a broken step, which the guard leaves out, must get as far as the guard
+    probs_TN = probs_TN.nan_to_num()
     scaled = (probs_TN * probs_TN.shape[-1]).log2()
     bins = ((scaled - _LOWEST) / width).floor().clamp(0, _BINS - 1).long()
     bins.scatter_(-1, probs_TN.argmax(-1, keepdim=True), _BINS - 1)

@@ -43,27 +43,28 @@ class Guard:
         settings: of the run.
         total: steps skipped so far.
         consecutive: of them, those since the last good step.
-        usual: scale of the loss and of the gradient's norm over good steps.
+        usual: scale of the loss and of the gradient's norm over good steps; those of the mask phase, whose loss is of
+            another model, have scales of their own ("masked loss", "masked gradient norm").
     """
 
     settings: GuardSettings
     total: int = 0
     consecutive: int = 0
-    usual: dict[str, RunningScale] = field(
-        default_factory=lambda: {"loss": RunningScale(), "gradient norm": RunningScale()}
-    )
+    usual: dict[str, RunningScale] = field(default_factory=dict)
 
-    def judge(self, loss: float, grad_norm: float) -> str | None:
+    def judge(self, loss: float, grad_norm: float, masked: bool = False) -> str | None:
         """Judge a step before its update; every process must call it with the same numbers.
 
         Args:
             loss: language-modelling loss of the global batch, nats per token.
             grad_norm: norm of its gradient before clipping.
+            masked: whether it is a step of the mask phase.
 
         Returns:
             Why the step is to be skipped; None: it is good.
         """
-        values = {"loss": loss, "gradient norm": grad_norm}
+        kind = "masked " if masked else ""
+        values = {f"{kind}loss": loss, f"{kind}gradient norm": grad_norm}
         reason = self._not_finite(values) or self._spike(values)
         if reason and self.settings.enabled:
             self.total += 1
@@ -72,7 +73,7 @@ class Guard:
         self.consecutive = 0
         for name, value in values.items():
             if math.isfinite(value):
-                self.usual[name].add(value, self.settings.spike_window)
+                self.usual.setdefault(name, RunningScale()).add(value, self.settings.spike_window)
         return None
 
     def exhausted(self) -> str | None:
@@ -101,7 +102,7 @@ class Guard:
     def _spike(self, values: dict[str, float]) -> str | None:
         num_stds, window = self.settings.spike_stds, self.settings.spike_window
         for name, value in values.items():
-            usual = self.usual[name]
+            usual = self.usual.get(name, RunningScale())
             if num_stds and usual.count >= window and value > usual.limit(num_stds):
                 return f"{name} {value:.6g} is a spike: above {usual.limit(num_stds):.6g}, {num_stds:g} std over the mean"
         return None

@@ -10,7 +10,7 @@ from accelerate import Accelerator, InitProcessGroupKwargs
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS, get_available_trackers
 
 from dsmoe.allocator import keep_freed_memory
-from dsmoe.config.run import RunConfig
+from dsmoe.config.run import RunConfig, TrainSettings
 from dsmoe.environment import tell_deepspeed
 from dsmoe.errors import UserError
 from dsmoe.trainer.bf16_speed import bf16_note
@@ -94,6 +94,37 @@ def _process_group(on_cpu: bool) -> InitProcessGroupKwargs:
     # the others wait while the main process writes or checks a checkpoint; NCCL's ten minutes can be too few
     patience = timedelta(hours=2)
     return InitProcessGroupKwargs(backend="gloo" if on_cpu else "nccl", timeout=patience)
+
+
+def count_micro_batches(train: TrainSettings, num_processes: int) -> int:
+    """Micro-batches that each process reads in a step.
+
+    Raises:
+        UserError: the global batch can't be divided so.
+    """
+    per_round = train.micro_batch_size * num_processes
+    if train.global_batch_size % per_round == 0:
+        return train.global_batch_size // per_round
+    share, rest = divmod(train.global_batch_size, num_processes)
+    advice = f"raise it to a multiple of {num_processes}"
+    if not rest:
+        fits = max(size for size in range(1, min(share, train.micro_batch_size) + 1) if share % size == 0)
+        advice = f"with train.micro_batch_size {fits} it is"
+    raise UserError(
+        f"train.global_batch_size {train.global_batch_size} is not a multiple of micro_batch_size "
+        f"{train.micro_batch_size} times {num_processes} process(es); {advice}"
+    )
+
+
+def start_trackers(config: RunConfig, seed: int, accelerator: Accelerator) -> None:
+    """Trackers of a seed's run; of several seeds each has its own, since in one of theirs steps can't begin again."""
+    for tracker in accelerator.trackers:
+        tracker.finish()
+    accelerator.trackers.clear()  # accelerate would add to them
+    if config.train.trackers:
+        accelerator.init_trackers(
+            config.name if len(config.train.seeds) == 1 else f"{config.name}-seed-{seed}"
+        )
 
 
 def finish(accelerator: Accelerator) -> None:

@@ -29,6 +29,7 @@ from dsmoe.trainer.cost import sizes_and_cost
 from dsmoe.trainer.distillation import Distiller
 from dsmoe.trainer.first_thresholds import first_thresholds
 from dsmoe.trainer.guard import Guard
+from dsmoe.trainer.launch import count_micro_batches
 from dsmoe.trainer.log import RunLog
 from dsmoe.trainer.mask_phase import make_controller, missed_target
 from dsmoe.trainer.matmul import choose_float32_matmul
@@ -58,7 +59,7 @@ class TrainingRun:
             isolate_documents=config.data.isolate_documents,
             unique_fraction=config.data.unique_fraction,
         )
-        self.micro_batches = self._micro_batches()
+        self.micro_batches = count_micro_batches(config.train, accelerator.num_processes)
         set_seed(seed)
         self.raw_model = first_model(config, self.corpus)
         self.validator = Validator(config, self.corpus, accelerator, self.raw_model)
@@ -106,16 +107,6 @@ class TrainingRun:
     def step(self) -> int:
         """Optimiser steps done."""
         return self.state.step
-
-    def _micro_batches(self) -> int:
-        train, world = self.config.train, self.accelerator.num_processes
-        per_round = train.micro_batch_size * world
-        if train.global_batch_size % per_round:
-            raise UserError(
-                f"train.global_batch_size {train.global_batch_size} is not a multiple of micro_batch_size "
-                f"{train.micro_batch_size} times {world} process(es)"
-            )
-        return train.global_batch_size // per_round
 
     # --- the loop -------------------------------------------------------------------------------------------
 
@@ -178,7 +169,7 @@ class TrainingRun:
             controller.start(lambda shares: first_thresholds(self.stepper, batches, shares))
         routing = controller.routing(self.step, self.raw_model.config.num_experts)
         with self.compiled.moving_thresholds(), use_routing(self.raw_model, **routing):
-            result = self.stepper.step(batches, mi_factor)
+            result = self.stepper.step(batches, mi_factor, masked=True)
             if result.skipped is None:
                 self.state.masked.add(self.raw_model.config, result.statistics)
         if result.skipped is None:

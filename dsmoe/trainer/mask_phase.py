@@ -4,9 +4,9 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
+from dsmoe.checkpoint.pretrained import read_config
 from dsmoe.config import DSMoEConfig
 from dsmoe.config.routing import DENSE, Policy
 from dsmoe.config.run import MaskPhaseSettings
@@ -19,7 +19,8 @@ Routing = dict[str, Any]  # keyword arguments of `use_routing`
 
 def first_masked_step(fraction: float, total_steps: int) -> int:
     """The first step (from 0) of a mask phase of this share of the steps; `total_steps`: there is none."""
-    return math.ceil(total_steps * (1 - fraction))
+    # 1 - 0.7 is a little above 0.3, which must not cost the phase a step
+    return math.ceil(total_steps * (1 - fraction) - 1e-9)
 
 
 @dataclass
@@ -224,8 +225,8 @@ def make_controller(settings: MaskPhaseSettings, config: DSMoEConfig) -> Thresho
         config: of the model.
 
     Raises:
-        UserError: a target below one expert, a folder of `policies` that is no checkpoint, or one whose experts are not
-            the model's.
+        UserError: a target below one expert, a folder of `policies` that is no model of this project, or one whose
+            experts are not the model's.
     """
     if settings.targets:
         too_low = [target for target in settings.targets if target * config.num_experts < 1 - 1e-6]
@@ -250,19 +251,25 @@ def make_controller(settings: MaskPhaseSettings, config: DSMoEConfig) -> Thresho
         raise UserError(
             "mask_phase.policies: the model has no MLP experts, so the phase would change nothing"
         )
-    routings = []
-    for name in settings.policies:
-        folder = Path(name)
-        if not (folder / "config.json").is_file():
+    return PolicyCycle(settings, routings=[_routing_of(name, config) for name in settings.policies])
+
+
+def _routing_of(name: str, config: DSMoEConfig) -> Routing:
+    """The policies of a checkpoint in `mask_phase.policies`."""
+    try:
+        other = read_config(name)
+    except UserError as error:
+        raise UserError(f"mask_phase.policies: {error}; name folders of `dsmoe sparsify`") from None
+    for field_name in ("num_hidden_layers", "num_experts", "num_attention_experts"):
+        ours, theirs = getattr(config, field_name), getattr(other, field_name)
+        if ours != theirs:
+            raise UserError(f"mask_phase.policies: {name}: {field_name} is {theirs}, the model has {ours}")
+    for part in ("mlp", "attention"):
+        layers = range(config.num_hidden_layers)
+        if any(config.kept_experts(part, layer) != other.kept_experts(part, layer) for layer in layers):
+            # training would choose among all of them, and the result store all of them
             raise UserError(
-                f"mask_phase.policies: {name}: no config.json there; name folders of `dsmoe sparsify`"
+                f"mask_phase.policies: {name}: experts were removed from it that the model has, and training would bring "
+                "them back; run `dsmoe sparsify` without --remove-unused"
             )
-        other = DSMoEConfig.from_pretrained(folder)
-        for field_name in ("num_hidden_layers", "num_experts", "num_attention_experts"):
-            ours, theirs = getattr(config, field_name), getattr(other, field_name)
-            if ours != theirs:
-                raise UserError(
-                    f"mask_phase.policies: {name}: {field_name} is {theirs}, the model has {ours}"
-                )
-        routings.append({"mlp": other.mlp_routing, "attention": other.attention_routing})
-    return PolicyCycle(settings, routings=routings)
+    return {"mlp": other.mlp_routing, "attention": other.attention_routing}

@@ -8,7 +8,7 @@ from dsmoe.data.windows import PLACEMENT
 from dsmoe.errors import UserError
 from dsmoe.files import read_json
 from dsmoe.spread import is_tie, spread
-from dsmoe.trainer.differences import HARMLESS, differences, with_defaults
+from dsmoe.trainer.differences import changed, with_defaults
 from dsmoe.trainer.outcome import final_loss, measured_by, unlike
 
 
@@ -39,7 +39,7 @@ def seed_summaries(run_dir: Path) -> dict[int, dict[str, Any]]:
                 f"{path}: {run_dir} holds another run of seed {seed}; remove the one that is not meant"
             )
         first = next(iter(found.values()), summary)
-        changes = differences(with_defaults(first["config"]), with_defaults(summary["config"]), HARMLESS)
+        changes = changed(with_defaults(first["config"]), with_defaults(summary["config"]))
         if changes:
             raise UserError(
                 f"{path}: of another configuration than the other seeds in {run_dir} ({changes[0]})"

@@ -66,12 +66,13 @@ class Stepper:
     distiller: Distiller | None = None
     mi_control: MIController | None = None
 
-    def step(self, micro_batches: list[Batch], mi_factor: float) -> StepResult:
+    def step(self, micro_batches: list[Batch], mi_factor: float, masked: bool = False) -> StepResult:
         """Run one step.
 
         Args:
             micro_batches: this process's part of the global batch.
             mi_factor: share of the mutual-information coefficients at this step.
+            masked: whether it is a step of the mask phase.
 
         Returns:
             StepResult; its numbers are the same in every process.
@@ -95,7 +96,7 @@ class Stepper:
         # every process judges the same two numbers: the loss is a sum over processes, the norm the same in all
         judged = torch.stack([lm_sum, norm.to(lm_sum) / accelerator.num_processes])
         lm_loss, grad_norm = accelerator.reduce(judged, reduction="sum").tolist()
-        skipped = self.guard.judge(lm_loss, grad_norm)
+        skipped = self.guard.judge(lm_loss, grad_norm, masked)
         if skipped is None:
             self.optimizer.step()
         elif self.running is not None and running is not None:
