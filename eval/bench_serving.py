@@ -3,7 +3,6 @@
 import sys
 
 from dsmoe.bench.serving_command import main
-from dsmoe.records import write_record
 
 if __name__ == "__main__":
-    sys.exit(main(write_record))
+    sys.exit(main())

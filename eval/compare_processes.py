@@ -2,8 +2,7 @@
 
 import sys
 
-from dsmoe.records import write_record
 from dsmoe.trainer.compare_processes import main
 
 if __name__ == "__main__":
-    sys.exit(main(record=write_record))
+    sys.exit(main())

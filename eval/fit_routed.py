@@ -9,7 +9,7 @@ from dsmoe.errors import run_reporting_errors
 from dsmoe.files import sha256, write_json
 from dsmoe.planner.fit.plots import residual_plot
 from dsmoe.planner.fit.routed import ROUTERS, coefficient_table, fit_router, summary_table
-from dsmoe.records import add_record_arguments, write_concluded_record
+from dsmoe.records import add_record_arguments, check_outputs, write_concluded_record
 
 RECORD = Path(__file__).resolve().parent / "records" / "scaling-routed"
 SOURCE = (
@@ -23,6 +23,7 @@ EXAMPLES = """examples:
 
 def run(args: argparse.Namespace) -> None:
     """Fit each router, print the tables, write the record."""
+    check_outputs(record=args.output, overwrite=args.overwrite, conclusion=args.conclusion)
     results, plots = {}, []
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)

@@ -11,7 +11,7 @@ from dsmoe.planner.fit.command import read_sources
 from dsmoe.planner.fit.fitting import Settings, fit_law
 from dsmoe.planner.fit.plots import residual_plot
 from dsmoe.planner.fit.report import as_json, human_report
-from dsmoe.records import add_record_arguments, write_concluded_record
+from dsmoe.records import add_record_arguments, check_outputs, write_concluded_record
 
 RECORDS = Path("eval/records")
 EXAMPLES = """examples:
@@ -22,11 +22,13 @@ EXAMPLES = """examples:
 
 def run(args: argparse.Namespace) -> None:
     """Fit, print, write the record."""
+    check_outputs(record=args.output, overwrite=args.overwrite, conclusion=args.conclusion)
     runs, notes = read_sources([args.runs])
     fit = fit_law(runs, Settings(draws=args.bootstrap))
     content = as_json(fit, [])
     content["notes"] += notes
     report = human_report(content)
+    print(report)
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         write_json(folder / "law.json", content)
@@ -45,7 +47,7 @@ def run(args: argparse.Namespace) -> None:
             },
             overwrite=args.overwrite,
         )
-    print(f"{report}\nwritten to {args.output}")
+    print(f"written to {args.output}")
 
 
 def main() -> int:

@@ -12,7 +12,6 @@ from dsmoe.bench.ceiling import gemm_flops_per_second, read_bytes_per_second
 from dsmoe.bench.inference_contestants import IMPLEMENTATIONS, batches, layer_steps, layer_weights
 from dsmoe.bench.inference_tables import goal, result_table
 from dsmoe.bench.timing import interleaved_seconds
-from dsmoe.records import write_record
 
 SIZES = (32, 8, 8)
 
@@ -146,10 +145,7 @@ def test_transformers_loop_is_theirs(monkeypatch):
 
 
 def test_only_the_model(capsys):
-    assert (
-        inference_command.main(write_record, ["--quick", "--threads", "1", "--only", "model", "--json", "-"])
-        == 0
-    )
+    assert inference_command.main(["--quick", "--threads", "1", "--only", "model", "--json", "-"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert results["layers"] == [] and results["model"]["tokens_per_second_ratio_to_dense"] > 0
     assert "| layer |" not in result_table(results)
@@ -159,7 +155,7 @@ def test_quick_run_writes_the_promised_form(capsys, tmp_path):
     before = torch.backends.mkldnn.matmul.fp32_precision
     record = tmp_path / "record"
     arguments = ["--quick", "--threads", "1", "--json", "-", "--record", str(record)]
-    assert inference_command.main(write_record, arguments) == 0
+    assert inference_command.main(arguments) == 0
     results = json.loads(capsys.readouterr().out)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     assert len(results["layers"]) == 3 * 3 * 2  # dtypes; batch 1, batch 8, prefill; policies
@@ -195,9 +191,9 @@ def test_quick_run_writes_the_promised_form(capsys, tmp_path):
     [
         (["--threads", "1000"], "--threads has 1000"),
         (["--rounds", "0"], "--rounds is 0"),
-        (["--record", "."], "--overwrite replaces it"),
+        (["--record", "."], "the current folder"),
     ],
 )
 def test_bad_arguments_are_told(arguments, message, capsys):
-    assert inference_command.main(write_record, ["--quick", *arguments]) == 2
+    assert inference_command.main(["--quick", *arguments]) == 2
     assert message in capsys.readouterr().err

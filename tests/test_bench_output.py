@@ -1,11 +1,16 @@
-"""Results of several benchmark runs as one."""
+"""What the benchmark commands share: results of several runs as one, and outputs that are tried first."""
 
+import argparse
 import json
 
 import pytest
 
-from dsmoe.bench import command, inference_command, serving_command, sparse_training
-from dsmoe.bench.output import joined
+from dsmoe import records
+from dsmoe.bench import command, inference_command, output, serving_command, sparse_training
+from dsmoe.bench.output import give, joined
+from dsmoe.errors import UserError, run_reporting_errors
+
+BENCHES = [command, inference_command, serving_command, sparse_training]
 
 
 def test_rows_are_joined_and_the_rest_is_the_firsts():
@@ -21,7 +26,7 @@ def test_rows_are_joined_and_the_rest_is_the_firsts():
     assert joined([{"model": None, "layers": []}, one])["layers"] == [{"threads": 1}]
 
 
-@pytest.mark.parametrize("bench", [command, inference_command, serving_command, sparse_training])
+@pytest.mark.parametrize("bench", BENCHES)
 @pytest.mark.parametrize(
     ("content", "reason"),
     [
@@ -34,8 +39,63 @@ def test_rows_are_joined_and_the_rest_is_the_firsts():
 def test_results_of_something_else_are_one_line(tmp_path, capsys, bench, content, reason):
     file, record = tmp_path / "other.json", tmp_path / "record"
     file.write_text(json.dumps(content))
-    assert bench.main(pytest.fail, ["--results", str(file), "--record", str(record)]) == 2
+    assert bench.main(["--results", str(file), "--record", str(record)]) == 2
     error = capsys.readouterr().err
     assert error.startswith(f"error: --results {file}: not what --json of this benchmark has written")
     assert reason in error and error.count("\n") == 1
     assert not record.exists()
+
+
+@pytest.mark.parametrize("bench", BENCHES)
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--record", "parent", "--overwrite"], "is no record (it holds a folder, record)"),
+        (["--record", "parent/record"], "the record exists"),
+        (["--record", "file"], "is a file"),
+        (["--json", "parent"], "--json parent: is a folder"),
+        (["--json", "file/a.json"], "is no folder that can be written to"),
+    ],
+)
+def test_outputs_are_tried_before_anything_is_measured(tmp_path, monkeypatch, capsys, bench, words, message):
+    monkeypatch.setattr(bench, "measure", pytest.fail)
+    _places(tmp_path, monkeypatch)
+    assert bench.main(["--quick", *words]) == 2
+    error = capsys.readouterr().err
+    assert message in error and error.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    ("place", "message"), [("a.svg", "plots are PNG files"), ("folder.png", "is a folder")]
+)
+def test_a_plot_is_tried_before_anything_is_measured(tmp_path, monkeypatch, capsys, place, message):
+    monkeypatch.setattr(command, "measure", pytest.fail)
+    _places(tmp_path, monkeypatch)
+    assert command.main(["--quick", "--plot", place]) == 2
+    assert message in capsys.readouterr().err
+
+
+def _places(tmp_path, monkeypatch):
+    """A record in a folder, a file, and a folder with the name of a plot, in the current folder."""
+    monkeypatch.chdir(tmp_path)
+    records.write_record("parent/record", title="t", command="c", conclusion="", files=[])
+    (tmp_path / "file").touch()
+    (tmp_path / "folder.png").mkdir()
+
+
+@pytest.mark.parametrize("failing", ["plot", "record"])
+def test_the_table_is_printed_where_the_rest_fails(tmp_path, capsys, monkeypatch, failing):
+    """What can't be foreseen, such as a full disk, leaves what was measured on the screen and in --json."""
+
+    def fail(*given, **more):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(output, "write_record", fail)
+    args = argparse.Namespace(json=str(tmp_path / "a.json"), results=None, note="", overwrite=False,
+                              record=tmp_path / "record" if failing == "record" else None,
+                              plot=tmp_path / "a.png" if failing == "plot" else None)  # fmt: skip
+    plots = {"a.png": fail} if failing == "plot" else {}
+    assert run_reporting_errors(lambda: give(args, {"rows": [1]}, "THE TABLE", "t", "c", plots)) == 2
+    said = capsys.readouterr()
+    assert said.out == "THE TABLE\n" and said.err == "error: the disk is full\n"
+    assert json.loads((tmp_path / "a.json").read_text()) == {"rows": [1]}

@@ -19,7 +19,6 @@ from dsmoe.bench.serving_tables import draw, result_table
 from dsmoe.errors import UserError
 from dsmoe.files import read_json
 from dsmoe.model import DSMoEForCausalLM
-from dsmoe.records import write_record
 
 PROMISED = {"model", "kind", "engine", "setting", *MEASURED}
 SETTING = Setting("requests", 4, 3, 2, 2)
@@ -227,7 +226,7 @@ def test_interpreter_that_is_not_there(monkeypatch):
     ],
 )
 def test_bad_arguments(words, text, capsys, tmp_path):
-    status = serving_command.main(write_record, ["--quick", "--cache", str(tmp_path), *words])
+    status = serving_command.main(["--quick", "--cache", str(tmp_path), *words])
     assert status == 2 and text in capsys.readouterr().err
     assert not list(tmp_path.iterdir())
 
@@ -241,10 +240,10 @@ def test_real_engines(tmp_path, capsys):
     ]
     files = [str(tmp_path / "one.json"), str(tmp_path / "two.json")]
     for words, file in zip(runs, files):
-        assert serving_command.main(write_record, [*common, file, *words]) == 0
+        assert serving_command.main([*common, file, *words]) == 0
     capsys.readouterr()
     words = ["--results", *files, "--record", str(tmp_path / "record"), "--json", "-"]
-    assert serving_command.main(write_record, words) == 0
+    assert serving_command.main(words) == 0
     results = json.loads(capsys.readouterr().out)
     assert [(row["engine"], row["setting"], row["model"]) for row in results["rows"]] == [
         ("own", "requests", "dense"), ("own", "requests", "dsmoe"), ("transformers", "decode", "dsmoe"),

@@ -9,7 +9,6 @@ import torch
 from dsmoe.bench import sparse_training
 from dsmoe.bench.memory import saved_bytes
 from dsmoe.bench.sparse_training import main, sparse_steps
-from dsmoe.records import write_record
 
 
 def test_contestants_compute_the_same():
@@ -47,7 +46,7 @@ def test_saved_bytes_are_those_of_one_batch():
 def test_quick_run_writes_the_promised_form(capsys, tmp_path):
     words = ["--quick", "--threads", "1", "--record", str(tmp_path / "record"), "--json", "-"]
     before = torch.backends.mkldnn.matmul.fp32_precision
-    assert main(write_record, words) == 0
+    assert main(words) == 0
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     results = json.loads(capsys.readouterr().out)
     assert [(row["case"], row["num_kept"], row["share"]) for row in results["layers"]] == [
@@ -65,5 +64,5 @@ def test_quick_run_writes_the_promised_form(capsys, tmp_path):
 
 
 def test_bad_rounds_are_told(capsys):
-    assert main(write_record, ["--quick", "--rounds", "0"]) == 2
+    assert main(["--quick", "--rounds", "0"]) == 2
     assert "--rounds is 0" in capsys.readouterr().err

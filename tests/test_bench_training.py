@@ -14,7 +14,6 @@ from dsmoe.bench.contestants import DenseSwiGLU, layer_steps
 from dsmoe.bench.memory import peak_bytes, saved_bytes
 from dsmoe.bench.tables import growth_plot, result_table
 from dsmoe.bench.timing import interleaved_seconds, ratio, threads_in_use
-from dsmoe.records import write_record
 
 
 def test_contestants_take_turns():
@@ -130,7 +129,7 @@ def test_full_plan_is_what_the_claims_are_about():
 def test_quick_run_writes_the_promised_form(capsys, tmp_path):
     before = torch.backends.mkldnn.matmul.fp32_precision
     arguments = ["--quick", "--rounds", "2", "--threads", "1", "--plot", str(tmp_path / "growth.png")]
-    assert command.main(write_record, [*arguments, "--json", "-"]) == 0
+    assert command.main([*arguments, "--json", "-"]) == 0
     results = json.loads(capsys.readouterr().out)
     assert torch.backends.mkldnn.matmul.fp32_precision == before
     cases = {(row["case"], row["dtype"], row["recompute"]) for row in results["layers"]}
@@ -159,18 +158,18 @@ def test_quick_run_writes_the_promised_form(capsys, tmp_path):
     [(["--threads", "1000"], "--threads has 1000"), (["--rounds", "0"], "--rounds is 0")],
 )
 def test_bad_arguments_are_told(arguments, message, capsys):
-    assert command.main(write_record, arguments) == 2
+    assert command.main(arguments) == 2
     assert message in capsys.readouterr().err
 
 
 def test_a_record_from_earlier_results(capsys, tmp_path):
     quick = ["--quick", "--rounds", "1", "--threads", "1"]
     results = tmp_path / "results.json"
-    assert command.main(write_record, [*quick, "--json", str(results)]) == 0
+    assert command.main([*quick, "--json", str(results)]) == 0
     record = ["--results", str(results), "--record", str(tmp_path / "record"), "--note", "A note."]
-    assert command.main(write_record, record) == 0
+    assert command.main(record) == 0
     text = (tmp_path / "record" / "README.md").read_text()
     assert "A note." in text and "--threads 1" in text
     assert json.loads((tmp_path / "record" / "results.json").read_text()) == json.loads(results.read_text())
-    assert command.main(write_record, record) == 2
+    assert command.main(record) == 2
     assert "--overwrite" in capsys.readouterr().err

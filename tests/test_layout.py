@@ -14,6 +14,7 @@ ORDER = (
     *(
         {name}
         for name in [
+            "records",
             "config",
             "accounting",
             "planner",
@@ -29,7 +30,6 @@ ORDER = (
             "serving",
             "evaluation",
             "bench",
-            "records",
             "study",
             "report",
             "cli",

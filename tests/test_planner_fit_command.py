@@ -3,10 +3,12 @@
 import argparse
 import csv
 import gzip
+import importlib.util
 import json
 import subprocess
 import sys
 from dataclasses import asdict, replace
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -65,6 +67,24 @@ def test_outputs_that_cannot_be_written_are_told_before_any_is(tmp_path, capsys)
         error = capsys.readouterr().err
         assert message in error and error.count("\n") == 1
     assert list(tmp_path.iterdir()) == [source]
+
+
+def test_the_joint_laws_report_is_printed_where_its_record_fails(tmp_path, capsys, monkeypatch):
+    place = Path(__file__).resolve().parents[1] / "eval" / "fit_scaling.py"
+    spec = importlib.util.spec_from_file_location("fit_scaling", place)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+
+    def fail(*given, **more):
+        raise UserError("the disk is full")
+
+    monkeypatch.setattr(script, "write_concluded_record", fail)
+    source = write_csv(tmp_path / "runs.csv", as_rows(sweep(0.006, 0, 4, 4)))
+    words = ["--runs", str(source), "--output", str(tmp_path / "record"), "--bootstrap", "2"]
+    monkeypatch.setattr(sys, "argv", ["fit_scaling.py", *words])
+    assert script.main() == 2
+    said = capsys.readouterr()
+    assert "law joint, 96 runs" in said.out and said.err == "error: the disk is full\n"
 
 
 def test_the_planner_reads_the_law(tmp_path, capsys):

@@ -223,6 +223,9 @@ def test_a_record_is_not_replaced_by_less_or_by_another_kind(tmp_path, capsys):
     (record / "precious").mkdir()
     assert budgets.main(words) == 2 and "is no record" in capsys.readouterr().err
     assert (record / "precious").is_dir()
+    assert (
+        budgets.main([*words[:-2], "--json", str(record)]) == 2 and "is a folder" in capsys.readouterr().err
+    )
 
 
 def test_a_record_keeps_the_runs_whose_folders_are_gone(train, held_out_corpus_dir, tmp_path, capsys):

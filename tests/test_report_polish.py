@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from dsmoe.model import use_routing
+from dsmoe.report import polish
 from dsmoe.report.polish import ALL, measure_rows, table
 from dsmoe.sparsify.compare import reference_policies
 
@@ -52,3 +53,19 @@ def test_rows_are_differences_of_the_models_losses(tiny_model):
     )
     shown = table({"rows": rows, "text": {"num_tokens": 68, "split": "test"}})
     assert f"{one['loss_after']:.4f}" in shown and ALL in shown
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--record", "parent", "--overwrite"], "is no record"),
+        (["--record", "new", "--conclusion", "missing.md"], "--conclusion missing.md: can't be read"),
+        (["--json", "parent"], "--json parent: is a folder"),
+    ],
+)
+def test_outputs_are_tried_before_anything_is_read(tmp_path, monkeypatch, capsys, options, words):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "parent" / "record").mkdir(parents=True)
+    # there is no model and no text here
+    assert polish.main(["runs/dsmoe", "--polished", "runs/polished", "--data", "x", *options]) == 2
+    assert words in capsys.readouterr().err and [path.name for path in tmp_path.iterdir()] == ["parent"]

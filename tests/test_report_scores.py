@@ -6,9 +6,13 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
+from dsmoe.files import sha256
 from dsmoe.report import scores
 from dsmoe.sparsify import command
-from dsmoe.study.spec import StudyRun
+from dsmoe.study.launcher import identity
+from dsmoe.study.spec import StudyRun, read_study
+
+SUMMARY = {"kind": "dense", "seed": 0, "validation_loss": 3.0, "environment": {"corpus": "a text"}}
 
 
 def read(path):
@@ -94,13 +98,14 @@ def test_a_sparse_model_is_made_anew_from_other_weights_or_text(tmp_path, monkey
         ([], [], "no test_loss, which --record needs"),
         (["precious"], ["--overwrite"], "is no record"),
         (["record.json"], [], "--overwrite"),
+        ([], ["--conclusion", "no-such.md"], "--conclusion no-such.md: can't be read"),
     ],
 )
 def test_what_a_record_needs_is_asked_before_scoring(tmp_path, capsys, monkeypatch, inside, more, words):
     monkeypatch.setattr(scores.score, "main", None)
     (tmp_path / "toy.yaml").write_text("groups: {dense: {}}")
     (tmp_path / "dense-s0").mkdir()
-    (tmp_path / "dense-s0" / "summary.json").write_text('{"kind": "dense", "validation_loss": 3.0}')
+    (tmp_path / "dense-s0" / "summary.json").write_text(json.dumps(SUMMARY))
     (tmp_path / "record").mkdir()
     for name in inside:
         (tmp_path / "record" / name).touch()
@@ -108,6 +113,41 @@ def test_what_a_record_needs_is_asked_before_scoring(tmp_path, capsys, monkeypat
     assert scores.main([str(tmp_path / "toy.yaml"), *options]) == 2
     assert words in capsys.readouterr().err
     assert {path.name for path in (tmp_path / "record").iterdir()} == set(inside)
+
+
+@pytest.mark.parametrize(
+    ("changed", "words"),
+    [
+        ({"settings": {"train.total_tokens": 512}}, "holds a run of other settings"),
+        ({"seed": 1}, "holds a run of seed 1, not 0"),
+        ({"environment": {"corpus": "another text"}}, "holds a run of another text"),
+    ],
+)
+def test_runs_of_other_settings_are_not_scored(tmp_path, capsys, monkeypatch, changed, words):
+    """A folder's name is not enough: the YAML was edited, or the folder is of another study."""
+    text = tmp_path / "text"
+    text.mkdir()
+    (text / "meta.json").write_text("{}")
+    file, run = tmp_path / "toy.yaml", tmp_path / "dense-s0"
+    settings = {"data.path": str(text), "train.total_tokens": 1024}
+    file.write_text(yaml.safe_dump({"settings": settings, "groups": {"dense": {}}}))
+    study = read_study(file)
+    begun = identity(study, study.runs[0])
+    run.mkdir()
+    summary = {**SUMMARY, "environment": {"corpus": sha256(text / "meta.json")}}
+    options = [str(file), "--output", str(tmp_path), "--data", str(text)]
+    scored = []
+    monkeypatch.setattr(scores.score, "checked_settings", lambda args: None)
+    monkeypatch.setattr(scores.score, "main", lambda given: scored.append(given) or 0)
+    (run / "study.json").write_text(json.dumps(begun))
+    (run / "summary.json").write_text(json.dumps(summary))
+    assert scores.main(options) == 0 and len(scored) == 1
+    begun["settings"] |= changed.get("settings", {})
+    (run / "study.json").write_text(json.dumps(begun))
+    (run / "summary.json").write_text(json.dumps({**summary, **changed}))
+    assert scores.main(options) == 2 and len(scored) == 1
+    error = capsys.readouterr().err
+    assert f"{run}: {words}" in error and error.count("\n") == 1
 
 
 def test_bad_input_is_one_line(tmp_path, capsys):

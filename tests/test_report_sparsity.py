@@ -1,6 +1,7 @@
 """The sparsity sweep: one command on a tiny model, interrupted and resumed."""
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -46,6 +47,30 @@ def test_an_interrupted_sweep_goes_on(tiny_model, held_out_corpus_dir, tmp_path,
     assert "| - |" in " ".join(tables(results).split())
 
 
+def test_what_is_said_of_a_bound():
+    """Within two standard errors of it is one fact, measured below it another; both are said of every bound."""
+    increases = {0.01: (0.0104, 0.0001), 0.005: (0.0052, 0.0007), 0.02: (0.0197, 0.0009)}
+
+    def within(bound, family):
+        increase, error = increases[bound]
+        return {
+            "loss_increase": increase / (2 if family else 1), "standard_error": error, "share": 0.25,
+        }  # fmt: skip
+
+    found = sweep.sweep_bounds(SimpleNamespace(within=within), list(increases))
+    calibrated = [one["calibrated"] for one in found]
+    assert [row["holds"] for row in calibrated] == [False, True, True]
+    assert [row["below_bound"] for row in calibrated] == [False, False, True]
+    assert all(one["uniform_k"]["below_bound"] for one in found)
+    text = {"num_tokens": 100, "split": "test"}
+    shown = tables({
+        "calibrated": [[]], "rows": [], "shares": [], "bounds": found, "reference": {"loss": 3.0},
+        "text": {"held_out": text, "calibration": [text]},
+    })  # fmt: skip
+    assert shown.count("within 2 SE of the bound") == 2 and "holds" not in shown
+    assert "(SE) allowed for: 1 of 3 calibrated, 3 of 3 of uniform K." in shown
+
+
 def _failing_after(function, count):
     calls = []
 
@@ -65,6 +90,8 @@ def _failing_after(function, count):
         (["--shares", "0.2,1.5"], "--shares: 1.5 is no active share"),
         (["--bounds", "-1"], "--bounds: -1 is no increase of the loss"),
         ([], "has no MLP experts to choose from"),
+        (["--record", "{}", "--overwrite"], "is no record (it holds a folder, model)"),
+        (["--record", "{}/new", "--conclusion", "{}/no.md"], "no.md: can't be read"),
     ],
 )
 def test_refusals(tiny_model, held_out_corpus_dir, tmp_path, capsys, words, told):
@@ -76,5 +103,13 @@ def test_refusals(tiny_model, held_out_corpus_dir, tmp_path, capsys, words, told
         "--output",
         str(tmp_path / "sweep"),
     ]
-    assert sparsity.main([*options, *words]) == 2
+    assert sparsity.main([*options, *(word.format(tmp_path) for word in words)]) == 2
     assert told in capsys.readouterr().err and not (tmp_path / "sweep").exists()
+
+
+def test_an_output_that_is_a_file_is_refused_first(tiny_model, tmp_path, capsys):
+    save_pretrained(tiny_model(vocab_size=300), tmp_path / "model", None)
+    (tmp_path / "file").touch()
+    words = [str(tmp_path / "model"), "--data", str(tmp_path / "no-text"), "--output", str(tmp_path / "file")]
+    assert sparsity.main(words) == 2
+    assert "file is no folder that can be written to" in capsys.readouterr().err

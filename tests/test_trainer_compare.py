@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from dsmoe.records import write_record
 from dsmoe.trainer import compare_processes
 from dsmoe.trainer.compare_runs import largest_difference, losses, tokens_per_second
 
@@ -34,7 +33,7 @@ def launches(monkeypatch, tmp_path):
 def test_all_parts_and_a_record(launches, tmp_path, capsys):
     found = tmp_path / "found.json"
     arguments = ["--steps", "9", "--rounds", "2", "--json", str(found), "--record", str(tmp_path / "record")]
-    assert compare_processes.main(arguments, write_record) == 0
+    assert compare_processes.main(arguments) == 0
     results = json.loads(found.read_text())
     assert [(row["strategy"], row["accumulation"]) for row in results["equality"]] == [
         (None, 4),

@@ -95,16 +95,14 @@ def _measure_on(
         results["growth"] = measure_growth(plan, lambda: advance(f"growth, {shown}"))
 
 
-def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
+def run(args: argparse.Namespace) -> None:
     """Measure (or read earlier results), print the table or write JSON, plot and record."""
     results = results_of(args, partial(_measured, args))
     with reading(args):
         table, command = result_table(results), command_for_threads(args, "bench_training.py", results)
         draw = partial(growth_plot, results["growth"])
-        if args.plot:
-            draw(args.plot)
     give(
-        args, results, table, write_record, "Dense training beside the dense twin and transformers' experts", command,
+        args, results, table, "Dense training beside the dense twin and transformers' experts", command,
         {"growth.png": draw},
     )  # fmt: skip
 
@@ -115,11 +113,10 @@ def _measured(args: argparse.Namespace, advance: Callable[[str], Any]) -> dict[s
     return measure(plan, checked_threads(args.threads), advance)
 
 
-def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run.
 
     Args:
-        write_record: `dsmoe.records.write_record`, which is above this package.
         argv: the command line; None: that of the process.
     """
     parser = benchmark_parser(
@@ -132,4 +129,4 @@ def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -
     )
     parser.add_argument("--plot", type=Path, metavar="PNG", help="also draw how the cost grows")
     add_plan_arguments(parser, "15")
-    return run_reporting_errors(lambda: run(parser.parse_args(argv), write_record))
+    return run_reporting_errors(lambda: run(parser.parse_args(argv)))

@@ -81,13 +81,13 @@ def measure(
     return {**results, **describe()}
 
 
-def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
+def run(args: argparse.Namespace) -> None:
     """Measure (or read earlier results), print the table or JSON, write the record."""
     results = results_of(args, partial(_measured, args))
     with reading(args):
         table, command = result_table(results), command_for_threads(args, "bench_inference.py", results)
     give(
-        args, results, table, write_record,
+        args, results, table,
         "Inference of expert layers and a whole model: kept experts against all, dense and transformers", command,
     )  # fmt: skip
 
@@ -101,11 +101,10 @@ def _measured(args: argparse.Namespace, advance: Callable[[str], Any]) -> dict[s
     return measure(plan, args.only or PARTS, checked_threads(args.threads), advance)
 
 
-def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run.
 
     Args:
-        write_record: `dsmoe.records.write_record`, which is above this package.
         argv: arguments; None: those of the process.
     """
     parser = benchmark_parser(
@@ -120,4 +119,4 @@ def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -
     )
     parser.add_argument("--only", nargs="+", choices=PARTS, metavar="PART", help="of decode, prefill, model")
     add_plan_arguments(parser, "decode 30, prefill 15, model 12")
-    return run_reporting_errors(lambda: run(parser.parse_args(argv), write_record))
+    return run_reporting_errors(lambda: run(parser.parse_args(argv)))

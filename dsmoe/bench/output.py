@@ -1,7 +1,6 @@
 """What the benchmark commands have in common: their output options, progress, and where the results go."""
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
@@ -14,6 +13,7 @@ from tqdm import tqdm
 from dsmoe.bench.timing import usable_cores
 from dsmoe.errors import UserError
 from dsmoe.files import read_json, write_json
+from dsmoe.records import check_outputs, give_results, write_record
 
 Advance = Callable[[str], Any]
 Results = dict[str, Any]
@@ -84,10 +84,11 @@ def results_of(args: argparse.Namespace, measure: Callable[[Advance], Results]) 
         measure: given what to call with the name of the case after each timed step.
 
     Raises:
-        UserError: the record exists already, or the file can't be read; before anything is measured.
+        UserError: an output can't be written, or the file can't be read; before anything is measured.
     """
-    if args.record and args.record.exists() and not args.overwrite:
-        raise UserError(f"--record {args.record}: it exists already; --overwrite replaces it")
+    check_outputs(
+        record=args.record, overwrite=args.overwrite, json=args.json, plot=getattr(args, "plot", None)
+    )
     if args.results is not None:
         parts = [read_json(path) for path in args.results]
         for path, part in zip(args.results, parts):
@@ -149,33 +150,50 @@ def give(
     args: argparse.Namespace,
     results: Results,
     table: str,
-    write_record: Callable[..., None],
     title: str,
     command: str,
     plots: dict[str, Callable[[Path], Any]] | None = None,
 ) -> None:
-    """Write JSON and record where asked for, and print.
+    """Print, then write JSON, plot and record where asked for.
 
     Args:
         args: of `benchmark_parser`.
         results: of `results_of`.
         table: for people.
-        write_record: `dsmoe.records.write_record`, which is above this package.
         title: of the record.
         command: that makes the record again.
-        plots: by file name, what draws them for the record.
+        plots: by file name, what draws them for the record; `--plot`, where there is such an option, is the first.
+
+    Raises:
+        UserError: a file can't be written, or as `reading`.
     """
-    if args.json and args.json != "-":
-        write_json(args.json, results)
-    if args.record:
-        with tempfile.TemporaryDirectory() as name:
-            files = [Path(name) / "results.json", *(Path(name) / plot for plot in plots or {})]
-            write_json(files[0], results)
-            for file, draw in zip(files[1:], (plots or {}).values()):
+
+    def write() -> None:
+        if getattr(args, "plot", None):
+            with reading(args):
+                next(iter((plots or {}).values()))(args.plot)
+        if args.record:
+            _write_record(args, results, table, title, command, plots or {})
+
+    give_results(results, table, args.json, write)
+
+
+def _write_record(
+    args: argparse.Namespace,
+    results: Results,
+    table: str,
+    title: str,
+    command: str,
+    plots: dict[str, Callable[[Path], Any]],
+) -> None:
+    with tempfile.TemporaryDirectory() as name:
+        files = [Path(name) / "results.json", *(Path(name) / plot for plot in plots)]
+        write_json(files[0], results)
+        with reading(args):
+            for file, draw in zip(files[1:], plots.values()):
                 draw(file)
-            write_record(
-                args.record, title=title, command=command,
-                conclusion=f"{args.note}\n\n{table}".strip(), files=files, overwrite=args.overwrite,
-                details={"measured_on": {key: results.get(key) for key in ("versions", "hardware")}},
-            )  # fmt: skip
-    print(json.dumps(results, indent=2) if args.json == "-" else table)
+        write_record(
+            args.record, title=title, command=command,
+            conclusion=f"{args.note}\n\n{table}".strip(), files=files, overwrite=args.overwrite,
+            details={"measured_on": {key: results.get(key) for key in ("versions", "hardware")}},
+        )  # fmt: skip

@@ -71,7 +71,7 @@ def measure(
     }
 
 
-def run(args: argparse.Namespace, write_record: Callable[..., None], words: Sequence[str]) -> None:
+def run(args: argparse.Namespace, words: Sequence[str]) -> None:
     """Measure (or read earlier results), print the table or JSON, write the record."""
     results = results_of(args, partial(_measured, args))
     results.setdefault(
@@ -80,7 +80,7 @@ def run(args: argparse.Namespace, write_record: Callable[..., None], words: Sequ
     with reading(args):
         table, again = result_table(results), _again(args.record, results)
     give(
-        args, results, table, write_record, TITLE, again, {"serving.png": partial(draw, results)},
+        args, results, table, TITLE, again, {"serving.png": partial(draw, results)},
     )  # fmt: skip
 
 
@@ -222,11 +222,10 @@ def _add_own_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run.
 
     Args:
-        write_record: `dsmoe.records.write_record`, which is above this package.
         argv: arguments; None: those of the process.
     """
     parser = benchmark_parser(
@@ -241,4 +240,4 @@ def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -
     )
     _add_own_arguments(parser)
     words = sys.argv[1:] if argv is None else list(argv)
-    return run_reporting_errors(lambda: run(parser.parse_args(words), write_record, words))
+    return run_reporting_errors(lambda: run(parser.parse_args(words), words))

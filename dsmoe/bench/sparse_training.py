@@ -208,12 +208,12 @@ def table(results: Mapping[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def run(args: argparse.Namespace, write_record: Callable[..., None]) -> None:
+def run(args: argparse.Namespace) -> None:
     """Measure (or read earlier results), print the table or write JSON and record."""
     results = results_of(args, partial(_measured, args))
     with reading(args):
         text, command = table(results), command_for_threads(args, "bench_sparse_training.py", results)
-    give(args, results, text, write_record, "Training with K of N experts", command)
+    give(args, results, text, "Training with K of N experts", command)
 
 
 def _measured(args: argparse.Namespace, advance: Callable[[str], Any]) -> dict[str, Any]:
@@ -222,13 +222,12 @@ def _measured(args: argparse.Namespace, advance: Callable[[str], Any]) -> dict[s
     return measure(plan, checked_threads(args.threads), advance)
 
 
-def main(write_record: Callable[..., None], argv: Sequence[str] | None = None) -> int:
+def main(argv: Sequence[str] | None = None) -> int:
     """Parse the command line and run.
 
     Args:
-        write_record: `dsmoe.records.write_record`, which is above this package.
         argv: the command line; None: that of the process.
     """
     parser = benchmark_parser("bench_sparse_training.py", __doc__ or "", EXAMPLES)
     add_plan_arguments(parser, "15")
-    return run_reporting_errors(lambda: run(parser.parse_args(argv), write_record))
+    return run_reporting_errors(lambda: run(parser.parse_args(argv)))

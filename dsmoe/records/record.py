@@ -9,7 +9,7 @@ from typing import Any
 
 from dsmoe.environment import describe
 from dsmoe.errors import UserError
-from dsmoe.files import new_folder, sha256, write_json, write_text
+from dsmoe.files import check_new_folder, new_folder, sha256, write_json, write_text
 
 CONCLUSION = "conclusion.md"
 RECORD = "record.json"
@@ -26,8 +26,8 @@ def check_record_folder(folder: str | Path, *, overwrite: bool = True) -> bool:
         Whether a record stands there now.
 
     Raises:
-        UserError: a file stands there, a folder with anything else than a record in it, or a record that may not be
-            replaced.
+        UserError: a file stands there, a folder with anything else than a record in it, the current folder, or a record
+            that may not be replaced.
     """
     folder = Path(folder)
     if not folder.exists():
@@ -37,6 +37,7 @@ def check_record_folder(folder: str | Path, *, overwrite: bool = True) -> bool:
         return False
     if not folder.is_dir():
         raise UserError(f"{folder}: is a file, and the record is a folder; name another one")
+    check_new_folder(folder, overwrite=True)
     inside = list(folder.iterdir())
     if not inside:
         return False
@@ -99,6 +100,28 @@ def write_record(
         )
 
 
+def read_conclusion(folder: str | Path, given: Path | None) -> str:
+    """The conclusion that a record will have, "" where there is none.
+
+    Args:
+        folder: where the record will be written.
+        given: a text file; None: the conclusion of the record which is replaced, where there is one.
+
+    Raises:
+        UserError: the file is not there (one that is given), or is no text in UTF-8 that can be read.
+    """
+    path = given or Path(folder) / CONCLUSION
+    if not given and not path.exists():
+        return ""
+    option = "--conclusion " if given else ""
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{option}{path}: can't be read ({error.strerror}); give a text file") from None
+    except UnicodeDecodeError:
+        raise UserError(f"{option}{path}: is no text in UTF-8; give a text file") from None
+
+
 def write_concluded_record(
     folder: str | Path, *, given: Path | None, tables: str, files: Sequence[Path], **details: Any
 ) -> None:
@@ -106,18 +129,15 @@ def write_concluded_record(
 
     Args:
         folder: `eval/records/<name>`.
-        given: a text file with the conclusion; None: that of the record which is replaced, where there is one.
+        given: as in `read_conclusion`.
         tables: Markdown.
         files: as for `write_record`.
         details: the other arguments of `write_record`.
 
     Raises:
-        UserError: the file given is not there, or as `write_record`.
+        UserError: as `read_conclusion` and `write_record`.
     """
-    kept = given or Path(folder) / CONCLUSION
-    if given and not kept.is_file():
-        raise UserError(f"--conclusion {kept}: no such file")
-    text = kept.read_text(encoding="utf-8") if kept.is_file() else ""
+    text = read_conclusion(folder, given)
     with tempfile.TemporaryDirectory() as name:
         conclusion = Path(name) / CONCLUSION
         write_text(conclusion, text)

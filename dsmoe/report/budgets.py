@@ -7,7 +7,6 @@ as `dsmoe sparsify` does it. An SMoE runs as it was trained, and so has one shar
 
 import argparse
 import fnmatch
-import json
 import sys
 import tempfile
 from collections import defaultdict
@@ -28,7 +27,7 @@ from dsmoe.environment import describe, machine_name
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import read_json, write_json
 from dsmoe.model import DSMoEForCausalLM
-from dsmoe.records import write_record
+from dsmoe.records import check_outputs, give_results, write_record
 from dsmoe.report.budgets_kept import kept_budgets
 from dsmoe.report.budgets_pairs import summarise
 from dsmoe.report.budgets_plot import budgets_plot
@@ -94,6 +93,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, words: str) -> None:
     """Measure what isn't yet, and report; raises UserError on bad input."""
+    check_outputs(record=args.record, overwrite=True, json=args.json)
     study = read_study(args.study)
     finished = [
         run
@@ -128,11 +128,10 @@ def run(args: argparse.Namespace, words: str) -> None:
     rows = [row for same in in_order for row in same]
     results = {"runs": rows, "summary": summarise(rows), "texts": texts.descriptions, **describe()}
     report = table(results)
-    if args.json and args.json != "-":
-        write_json(args.json, results)
-    if args.record:
-        _write_record(args, study, results, report, words, len(study.runs) - len(in_order))
-    print(json.dumps(results, indent=2) if args.json == "-" else report)
+    missing = len(study.runs) - len(in_order)
+    give_results(
+        results, report, args.json, lambda: _write_record(args, study, results, report, words, missing)
+    )
 
 
 class Texts:
@@ -264,6 +263,8 @@ def _trained_shares(output: Path, runs: Sequence[StudyRun]) -> dict[int, set[flo
 def _write_record(
     args: argparse.Namespace, study: Study, results: dict[str, Any], report: str, words: str, missing: int
 ) -> None:
+    if args.record is None:
+        return
     partial = f"PARTIAL: {missing} of {len(study.runs)} runs are missing. " if missing else ""
     with tempfile.TemporaryDirectory() as name:
         files = [Path(name) / "results.json", Path(name) / "budgets.png"]

@@ -1,7 +1,6 @@
 """What polishing did to each of its policies: `python eval/measure_polish.py RUN --polished FOLDER --data TOKENS`."""
 
 import argparse
-import json
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -20,7 +19,7 @@ from dsmoe.environment import default_device, describe
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import write_json
 from dsmoe.model import DSMoEForCausalLM
-from dsmoe.records import add_record_arguments, write_concluded_record
+from dsmoe.records import add_record_arguments, check_outputs, give_results, write_concluded_record
 from dsmoe.report.token_losses import token_losses
 from dsmoe.sparsify.calibration import sample_corpus
 from dsmoe.sparsify.compare import Policies, clustered_error, clusters, reference_policies
@@ -59,8 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def run(args: argparse.Namespace, words: str) -> None:
     """Measure and report; raises UserError on bad input."""
-    if args.record and args.record.exists() and not args.overwrite:
-        raise UserError(f"{args.record}: the record exists; pass --overwrite to replace it")
+    check_outputs(record=args.record, overwrite=args.overwrite, conclusion=args.conclusion, json=args.json)
     names = sorted(path.parent.name for path in args.polished.glob("*/sparsity.json"))
     if not names:
         raise UserError(
@@ -81,21 +79,20 @@ def run(args: argparse.Namespace, words: str) -> None:
         **describe(),
     }
     report = table(results)
-    if args.json and args.json != "-":
-        write_json(args.json, results)
-    if args.record:
-        with tempfile.TemporaryDirectory() as name:
-            write_json(Path(name) / "results.json", results)
-            write_concluded_record(
-                args.record, given=args.conclusion, tables=report, title="What polishing recovers",
-                command=f"python eval/measure_polish.py {words}",
-                files=[Path(name) / "results.json"], details={"text": results["text"]},
-                overwrite=args.overwrite,
-            )  # fmt: skip
-    if args.json == "-":
-        print(json.dumps(results, indent=2))
-    else:
-        print(report)
+    give_results(results, report, args.json, lambda: _write_record(args, results, report, words))
+
+
+def _write_record(args: argparse.Namespace, results: dict[str, Any], report: str, words: str) -> None:
+    if args.record is None:
+        return
+    with tempfile.TemporaryDirectory() as name:
+        write_json(Path(name) / "results.json", results)
+        write_concluded_record(
+            args.record, given=args.conclusion, tables=report, title="What polishing recovers",
+            command=f"python eval/measure_polish.py {words}",
+            files=[Path(name) / "results.json"], details={"text": results["text"]},
+            overwrite=args.overwrite,
+        )  # fmt: skip
 
 
 def measure_rows(

@@ -13,9 +13,10 @@ from dsmoe.data.corpus import TokenCorpus
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.evaluation import score
 from dsmoe.files import read_json, sha256, write_json
-from dsmoe.records import add_record_arguments, check_record_folder, write_concluded_record
+from dsmoe.records import add_record_arguments, check_outputs, write_concluded_record
 from dsmoe.report.trained_policies import trained_policies
 from dsmoe.sparsify import command as sparsify
+from dsmoe.study.launcher import is_finished
 from dsmoe.study.spec import StudyRun, read_study
 
 EPILOG = """example:
@@ -50,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, of_score: Sequence[str]) -> None:
     """Sparsify and score what isn't yet, and report; raises UserError on bad input."""
     study = read_study(args.study)
-    finished = [run for run in study.runs if (args.output / run.name / "summary.json").exists()]
+    finished = [run for run in study.runs if is_finished(study, run, args.output)]
     if not finished:
         raise UserError(f"{args.output}: no finished run of {args.study}; train/study.py makes them")
     if args.record is not None:
@@ -74,7 +75,7 @@ def run(args: argparse.Namespace, of_score: Sequence[str]) -> None:
 
 def _check_record(args: argparse.Namespace, names: Sequence[str]) -> None:
     """Before anything is scored: refuse what the record can't be written without."""
-    check_record_folder(args.record, overwrite=args.overwrite)
+    check_outputs(record=args.record, overwrite=args.overwrite, conclusion=args.conclusion)
     for name in names:
         summary = args.output / name / "summary.json"
         if "test_loss" not in read_json(summary):

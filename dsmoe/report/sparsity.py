@@ -18,8 +18,8 @@ from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.evaluation.harness import parse_tasks, score_model
 from dsmoe.evaluation.loading import LoadedModel, load_model
 from dsmoe.evaluation.table import task_average
-from dsmoe.files import write_json
-from dsmoe.records import add_record_arguments, write_concluded_record
+from dsmoe.files import check_new_file
+from dsmoe.records import add_record_arguments, check_outputs, give_results, write_concluded_record
 from dsmoe.report.sparsity_plots import frontier_plot, layers_plot, union_plot
 from dsmoe.report.sparsity_table import tables
 from dsmoe.sparsify.calibration import sample_corpus
@@ -81,8 +81,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run(args: argparse.Namespace, words: str) -> None:
     """Sweep, print the tables, write results and plots; raises UserError on bad input."""
     tasks = parse_tasks(args.tasks) if args.tasks else []
-    if args.record and args.record.exists() and not args.overwrite:
-        raise UserError(f"{args.record}: the record exists; pass --overwrite to replace it")
+    check_outputs(record=args.record, overwrite=args.overwrite, conclusion=args.conclusion)
     wrong = [share for share in args.shares or () if not 0 < share < 1]
     if wrong:
         raise UserError(
@@ -101,24 +100,29 @@ def run(args: argparse.Namespace, words: str) -> None:
         )
     model = model.eval().to(default_device())  # type: ignore[arg-type]
     args.output = args.output or folder.parent / "sparsity-sweep"
+    check_new_file(args.output / "results.json", "--output")
     results = sweep(model, folder, args)
     if tasks:
         score_rows(results, load_model(str(folder)), tasks, args)
-    output = args.output
     results = {"model": results.pop("model"), "name": folder.parent.name, **results, **describe()}
     report = tables(results)
-    write_json(output / "results.json", results)
-    plots = [output / name for name in ("frontier.png", "layers.png", "unions.png")]
+    file = args.output / "results.json"
+    give_results(results, report, str(file), lambda: _write(args, results, file, report, words))
+
+
+def _write(args: argparse.Namespace, results: Row, file: Path, report: str, words: str) -> None:
+    """The plots, beside the file of the results, and the record."""
+    plots = [file.with_name(name) for name in ("frontier.png", "layers.png", "unions.png")]
     frontier_plot(results, plots[0])
     layers_plot(results, plots[1])
     union_plot(results, plots[2])
     if args.record:
         write_concluded_record(
             args.record, given=args.conclusion, tables=report, title=f"The sparsity frontier of {results['name']}",
-            command=f"python eval/sweep_sparsity.py {words}", files=[output / "results.json", *plots],
+            command=f"python eval/sweep_sparsity.py {words}", files=[file, *plots],
             details={"text": results["text"]}, overwrite=args.overwrite,
         )  # fmt: skip
-    print(f"{report}\nwritten to {output}" + (f" and {args.record}" if args.record else ""))
+    print(f"written to {args.output}" + (f" and {args.record}" if args.record else ""))
 
 
 def sweep(model: Any, folder: Path, args: argparse.Namespace) -> dict[str, Any]:

@@ -1,11 +1,12 @@
 """The tables of a sparsity sweep, as Markdown."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from dsmoe.accounting.table import markdown_table
 
 Row = Mapping[str, Any]
+WITHIN = "within 2 SE of the bound"
 
 
 def comparison_rows(results: Row) -> list[dict[str, Any]]:
@@ -92,15 +93,27 @@ def tables(results: Row) -> str:
                     "calibrated: increase",
                     "SE",
                     "active",
-                    "holds",
+                    WITHIN,
                     "uniform K: increase",
                     "SE",
                     "active",
-                    "holds",
+                    WITHIN,
                 ],
                 bounds,
             ),
+            _below_bound(results["bounds"]),
         )
+    )
+
+
+def _below_bound(bounds: Sequence[Row]) -> str:
+    """How many measured increases don't exceed their bound at all, which is more than the table's column says."""
+    calibrated, uniform = (
+        sum(entry[name]["below_bound"] for entry in bounds) for name in ("calibrated", "uniform_k")
+    )
+    return (
+        f"Measured increases below their bound outright, with no standard error (SE) allowed for: {calibrated} of "
+        f"{len(bounds)} calibrated, {uniform} of {len(bounds)} of uniform K."
     )
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-import json
 import statistics
 import sys
 import tempfile
@@ -16,6 +15,7 @@ from tqdm import tqdm
 from dsmoe.environment import describe
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import write_json
+from dsmoe.records import check_outputs, give_results, write_record
 from dsmoe.trainer.compare_runs import largest_difference, launch, losses, make_text, run, tokens_per_second
 
 EPILOG = """examples:
@@ -169,13 +169,8 @@ def conclusion(results: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str] | None = None, record: Callable[..., None] | None = None) -> int:
-    """The command line.
-
-    Args:
-        argv: arguments; None: those of the process.
-        record: `dsmoe.records.write_record`, for --record.
-    """
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command line; returns the exit status."""
     parser = argparse.ArgumentParser(
         description="Compare training on one process with training on two (CPU).",
         epilog=EPILOG,
@@ -197,17 +192,16 @@ def main(argv: Sequence[str] | None = None, record: Callable[..., None] | None =
         ["python eval/compare_processes.py", *(argv if argv is not None else sys.argv[1:])]
     )
     found: dict[str, Any] = {}
-    status = run_reporting_errors(lambda: found.update(_run(args, record)))
+    status = run_reporting_errors(lambda: found.update(_run(args)))
     rows = [row for part in ("equality", "resume") for row in found.get(part, [])]
     return status or int(any(row["largest_relative_difference"] > TOLERANCE for row in rows))
 
 
-def _run(args: argparse.Namespace, record: Callable[..., None] | None) -> dict[str, Any]:
+def _run(args: argparse.Namespace) -> dict[str, Any]:
     for name, low in (("steps", 3), ("rounds", 1), ("speed_steps", 1)):
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}")
-    if args.record and args.record.exists():
-        raise UserError(f"--record {args.record}: exists; name a new folder")
+    check_outputs(record=args.record, json=args.json)
     with contextlib.ExitStack() as held:
         home = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="compare-processes-")))
         bar = held.enter_context(tqdm(unit="launch", file=sys.stderr, disable=None))
@@ -224,23 +218,19 @@ def _run(args: argparse.Namespace, record: Callable[..., None] | None) -> dict[s
         if "speed" in args.only:
             comparison.speed(args.rounds, args.speed_steps, advance)
         results = {**comparison.results, "tolerance": TOLERANCE, **describe()}
-        if args.record and record is not None:
-            write_json(home / "results.json", results)
-            record(
-                args.record,
-                title="One process and two: losses, resumption, speed",
-                command=args.command,
-                conclusion=conclusion(results),
-                files=[home / "results.json"],
-                details={
-                    "settings": {"tiny": TINY, "larger": LARGER},
-                    "text": str(args.data or "random words"),
-                },
-            )
-    if args.json == "-":
-        print(json.dumps(results, indent=2))
-        return results
-    print(conclusion(results))
-    if args.json:
-        write_json(args.json, results)
+        give_results(results, conclusion(results), args.json, lambda: _record(args, home, results))
     return results
+
+
+def _record(args: argparse.Namespace, home: Path, results: dict[str, Any]) -> None:
+    if not args.record:
+        return
+    write_json(home / "results.json", results)
+    write_record(
+        args.record,
+        title="One process and two: losses, resumption, speed",
+        command=args.command,
+        conclusion=conclusion(results),
+        files=[home / "results.json"],
+        details={"settings": {"tiny": TINY, "larger": LARGER}, "text": str(args.data or "random words")},
+    )
