@@ -1,6 +1,9 @@
 """Calibrated sparsity on text drawn from the model itself, where the expected loss increase IS the KL divergence."""
 
 import json
+import math
+from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -13,8 +16,10 @@ from dsmoe.checkpoint import save_pretrained
 from dsmoe.cli import main
 from dsmoe.errors import UserError
 from dsmoe.model import set_routing
-from dsmoe.sparsify import calibrate, compare, remove_unused, sample_documents
+from dsmoe.sparsify import Comparison, Frontier, calibrate, compare, remove_unused, sample_documents
 from dsmoe.sparsify.arguments import increase
+from dsmoe.sparsify.budget import _check_removal
+from dsmoe.sparsify.families import GLOBAL
 
 VOCAB = 48
 MOA = {"num_attention_experts": 4, "num_attention_heads": 8, "qk_norm": "per_head"}
@@ -169,6 +174,65 @@ def test_removing_unused_experts_changes_nothing(dsmoe):
     assert sum(p.numel() for p in model.parameters()) == size - sum(map(len, rare)) * 3 * 32 * 16
 
 
+def test_a_share_that_a_family_cannot_give_is_refused():
+    """Routers that say nothing: a threshold keeps one expert or all; and uniform K leaves attention experts alone."""
+    model = make_model()
+    for layer in model.model.layers:
+        layer.mlp.router.weight.data.zero_()
+    frontier = calibrate(model, draw_batches(model, 32), curve_tokens=600)
+    with pytest.raises(UserError, match=r"share of 0\.6 .* global_threshold is (0\.125|1);"):
+        frontier.at_share(0.6, "global_threshold")
+    model = make_model(**MOA)
+    frontier = calibrate(model, draw_batches(model, 32), curve_tokens=600)
+    # one MLP expert of eight and all attention experts: 3 * (1536 + 4 * 512) of 3 * (8 * 1536 + 4 * 512)
+    with pytest.raises(UserError, match=r"share of 0\.2 .* uniform_k is 0\.25;"):
+        frontier.at_share(0.2, "uniform_k")
+    assert frontier.at_share(0.3, "uniform_k").share == pytest.approx(0.25)
+    assert frontier.at_share(0.2).share == pytest.approx(0.2, abs=0.01)
+
+
+def test_uniform_k_needs_mlp_experts():
+    model = make_model(num_experts=1, **MOA)
+    batches = draw_batches(model, 32)
+    with pytest.raises(UserError, match="uniform_k sets the K of MLP experts"):
+        calibrate(model, batches, family="uniform_k")
+    frontier = calibrate(model, batches, curve_tokens=600)
+    for ask in (frontier.at_share, frontier.within):
+        with pytest.raises(UserError, match="uniform_k sets the K of MLP experts"):
+            ask(0.5, "uniform_k")
+    assert frontier.at_share(0.5).share == pytest.approx(0.5, abs=0.01)
+    frontier.within(0.05)
+    assert "uniform_k" not in {one.family for one in frontier.visited}
+
+
+def test_what_is_above_a_budget_is_not_chosen(dsmoe, monkeypatch):
+    frontier = dsmoe[2]
+    one = frontier.at_share(0.5)
+    best, other = (replace(one.comparison, kl=kl, standard_error=math.inf) for kl in (0.01, 0.02))
+    found = {
+        "per_layer_threshold": replace(one, share=0.508, comparison=best),
+        "uniform_k": replace(one, share=0.5, comparison=other),
+        "global_threshold": replace(one, share=0.505, comparison=best),
+    }
+    monkeypatch.setattr(frontier, "_hit", lambda family, *_: found[family])
+    assert frontier.at_share(0.5).share == 0.508
+    assert frontier.at_share(0.5, at_most=0.503).share == 0.5
+    with pytest.raises(UserError, match=r"per_layer_threshold is 0\.508"):
+        frontier.at_share(0.5, "per_layer_threshold", at_most=0.503)
+    # any smaller one is within a budget, if nothing is nearer
+    found["global_threshold"] = replace(one, share=0.3)
+    assert frontier.at_share(0.5, "global_threshold", at_most=0.503).share == 0.3
+    with pytest.raises(UserError, match=r"global_threshold is 0\.3"):
+        frontier.at_share(0.5, "global_threshold")
+
+
+def test_removed_experts_break_neither_bound_nor_budget():
+    args = SimpleNamespace(remove_unused=0.1, max_loss_increase=None, max_flops_per_token=1000.0)
+    _check_removal(args, Comparison(9.0, 0.0, 9.0, 1.0, 1), 1000.0)
+    with pytest.raises(UserError, match=r"--remove-unused 0\.1 .* 1010 FLOPs .* 1000 of --max-flops"):
+        _check_removal(args, Comparison(0.0, 0.0, 0.0, 1.0, 1), 1010.0)
+
+
 def test_increase_in_nats_or_percent_of_perplexity():
     assert increase("0.005") == 0.005
     assert increase("0.5%") == pytest.approx(0.00498754)
@@ -231,10 +295,58 @@ def test_command_writes_what_it_reports(folder, tmp_path):
     assert calibration["loss_increase"] == pytest.approx(float(loss - reference), abs=1e-4)
 
 
+@pytest.mark.parametrize("family", ["uniform_k", "global_threshold", "per_layer_k"])
+def test_no_family_exceeds_the_flops(folder, tmp_path, family):
+    flops = 0.75 * inference_flops_per_token(make_model(**MOA).config, 24)
+    words = ["--max-flops-per-token", f"{flops}", "--family", family]
+    assert sparsify(folder, tmp_path / "sparse", *words) == 0
+    report = json.loads((tmp_path / "sparse" / "sparsity.json").read_text())
+    assert 0.85 * flops < report["flops_per_token"] <= flops
+    assert report["calibration"]["family"] == family
+
+
+@pytest.mark.parametrize("family", GLOBAL)
+def test_one_knob_ranks_by_the_score_that_was_asked_for(folder, tmp_path, capsys, family):
+    words = ["--target-active", "0.5", "--family", family]
+    written = {}
+    for score in ("gate", "gate_norm"):
+        assert sparsify(folder, tmp_path / score, *words, "--score", score) == 0
+        assert f"(score: {score})" in capsys.readouterr().out
+        written[score] = json.loads((tmp_path / score / "sparsity.json").read_text())
+        assert written[score]["calibration"]["score"] == score
+    for policy in written["gate_norm"]["policy"]["mlp"]:
+        assert len(set(policy["score_weights"])) > 1
+    assert all("score_weights" not in policy for policy in written["gate"]["policy"]["mlp"])
+    losses = [written[score]["calibration"]["loss_increase"] for score in written]
+    assert losses[0] != losses[1]
+
+
+def test_a_model_that_stays_as_it_is_is_said_to_rank_by_nothing(folder, tmp_path, capsys, monkeypatch):
+    def reference(frontier, bound, family=None):
+        return frontier._measure("reference", frontier.allocation.reference, True)
+
+    monkeypatch.setattr(Frontier, "within", reference)
+    assert sparsify(folder, tmp_path / "same", "--max-loss-increase", "0", "--score", "gate_norm") == 0
+    assert "keeps all experts" in capsys.readouterr().out
+    report = json.loads((tmp_path / "same" / "sparsity.json").read_text())
+    assert report["calibration"]["score"] is None
+
+
+def test_the_seed_is_zero_unless_told_otherwise(folder, tmp_path):
+    words = ["--target-active", "0.5", "--family", "uniform_k"]
+    texts = []
+    for number, seed in enumerate(([], ["--seed", "0"], ["--seed", "1"])):
+        assert sparsify(folder, tmp_path / str(number), *words, *seed) == 0
+        report = json.loads((tmp_path / str(number) / "sparsity.json").read_text())
+        texts.append(report["calibration"]["text"])
+    assert texts[0] == texts[1] and texts[0]["seed"] == 0 and texts[2]["seed"] == 1
+
+
 @pytest.mark.parametrize(
     ("args", "words"),
     [
         ([], ["--max-loss-increase", "--policy"]),
+        (["--target-active", "0.2", "--family", "uniform_k"], ["uniform_k is 0.25;"]),
         (["--target-active", "0.5", "--max-loss-increase", "0.1"], ["one of"]),
         (["--target-active", "0.01"], ["0.01", "0.1429"]),
         (["--target-active", "0.5", "--k", "3"], ["--k"]),

@@ -8,13 +8,14 @@ import pytest
 import torch
 
 from dsmoe import cli
+from dsmoe.config.routing import check_policy
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.model import model_inputs, use_routing
 from dsmoe.sparsify import compare
 from dsmoe.sparsify.calibration import sample_corpus
 from dsmoe.sparsify.compare import Comparer, clustered_error, clusters, expected_increase, reference_policies
 from dsmoe.sparsify.damage import measure_variants
-from dsmoe.sparsify.families import ALLOCATED, GLOBAL, Level, global_policy, knob_for, levels
+from dsmoe.sparsify.families import ALLOCATED, GLOBAL, Level, global_policy, knob_for, levels, score_of
 from dsmoe.sparsify.sites import find_sites, output_norms
 from dsmoe.sparsify.suffix import layers_from, run_layers
 
@@ -156,16 +157,59 @@ def test_levels_rise_from_one_expert_to_the_reference(moa, family, weighted):
             assert max(np.diff(counts)) < 0.4
 
 
-def test_one_knob_gives_the_share(moa):
-    sites = find_sites(moa, make_batches(4), reference_policies(moa))
+def share_of(sites, policies):
     total = sum(site.cost * site.num_experts for site in sites)
+    return sum(site.count(policy) * site.cost for site, policy in zip(sites, policies)) / total
+
+
+@pytest.mark.parametrize("weighted", [False, True])
+def test_one_knob_gives_the_share(moa, weighted):
+    sites = find_sites(moa, make_batches(4), reference_policies(moa))
+    for site in sites:
+        if weighted:
+            site.weights = [0.5, 2.0, 1.0, 0.7]
     for family in GLOBAL:
         policies = global_policy(sites, family, knob_for(sites, family, 0.7))
-        share = sum(site.count(policy) * site.cost for site, policy in zip(sites, policies)) / total
+        share = share_of(sites, policies)
         if family == "uniform_k":
             assert share <= 0.7
         else:
             assert share == pytest.approx(0.7, abs=0.05)
+        for site, policy in zip(sites, policies):
+            ranked = site.part == "mlp" or family != "uniform_k"
+            assert policy.get("score_weights") == (site.weights if ranked else None)
+            assert check_policy(policy, 4) == policy
+
+
+def test_weights_change_what_one_knob_keeps(moa):
+    """Against the rule written out: N * p * w above the threshold, or the best."""
+    site = find_sites(moa, make_batches(4), reference_policies(moa))[0]
+    site.weights = [0.5, 2.0, 1.0, 0.7]
+    scores_TN = 4 * site.probs_TN * torch.tensor(site.weights)
+    (policy,) = global_policy([site], "global_threshold", 1.1)
+    expected = ((scores_TN > 1.1) | (scores_TN == scores_TN.amax(-1, keepdim=True))).sum(-1)
+    assert site.count(policy) == pytest.approx(float(expected.double().mean()))
+    # the highest threshold that anything could be above
+    (policy,) = global_policy([site], "global_threshold", 100.0)
+    assert check_policy(policy, 4)["threshold"] == 8.0
+    assert site.count(policy) == 1
+
+
+def test_one_threshold_gives_the_share_of_routers_that_are_nearly_certain(moa):
+    sites = find_sites(moa, make_batches(4), reference_policies(moa))
+    for site in sites:
+        site.probs_TN = (site.probs_TN.log() * 25).softmax(-1)
+    knob = knob_for(sites, "global_threshold", 0.8)
+    assert 0 < knob < math.exp(-12)
+    assert share_of(sites, global_policy(sites, "global_threshold", knob)) == pytest.approx(0.8, abs=0.01)
+
+
+def test_the_score_is_that_of_the_policies():
+    weighted = {"policy": "top_k", "k": 2, "score_weights": [1.0, 2.0]}
+    dense, plain = {"policy": "dense"}, {"policy": "top_k", "k": 2}
+    assert score_of({"mlp": [dense], "attention": [dense]}) is None
+    assert score_of({"mlp": [plain, dense], "attention": [dense]}) == "gate"
+    assert score_of({"mlp": [dense, weighted], "attention": [dense]}) == "gate_norm"
 
 
 @pytest.mark.parametrize("gates", ["softmax", "l2", "renormalized"])

@@ -83,8 +83,8 @@ def router_statistics(
     Args:
         logits: L tensors [B, S, N].
         token_mask: [B, S], nonzero where a token counts (padding doesn't); None: all do.
-        kept: L masks [T, N] of the kept experts, for the loads; None: the share of p in place of counts. The load-balancing
-            loss is then N * sum p^2, and its gradient, which holds the shares fixed, half of that value's.
+        kept: L masks [T, N] of the kept experts, for the loads; None: the share of p in place of counts. The
+            load-balancing loss is then N * sum p^2, and its gradient, which holds the shares fixed, half of that value's.
         threshold: on N * p, for `above_L`; None: without it.
 
     Returns:

@@ -10,6 +10,8 @@ from dsmoe.config.routing import POLICY_NAMES
 from dsmoe.sparsify.families import ALLOCATED, GLOBAL, SCORES
 
 SEQUENCE_LENGTH = 256
+# None as argparse's default tells them from what was given, which is refused where it has no effect
+SEED, SPLIT = 0, "validation"
 
 EPILOG = """examples:
  as sparse as a bound on quality allows, or as good as a budget allows; layers share the budget by calibration:
@@ -82,7 +84,7 @@ def _add_calibration(group: Any) -> None:
         help="what experts are ranked by; gate_norm: gate times the mean norm of the expert's output "
         "(default: %(default)s)",
     )  # fmt: skip
-    group.add_argument("--seed", type=int, default=0, help="of the sample of text (default: %(default)s)")
+    group.add_argument("--seed", type=int, help=f"of the sample of text (default: {SEED})")
 
 
 def _add_text(group: Any) -> None:
@@ -92,7 +94,7 @@ def _add_text(group: Any) -> None:
         help="text to measure on (.jsonl, .parquet, .txt, also gzipped)",
     )  # fmt: skip
     text.add_argument("--data", type=Path, metavar="FOLDER", help="token folder to measure on")
-    group.add_argument("--split", default="validation", help="split of --data (default: %(default)s)")
+    group.add_argument("--split", help=f"split of --data (default: {SPLIT})")
     group.add_argument(
         "--calibration-tokens", "--max-tokens", dest="max_tokens", type=int, default=50_000, metavar="TOKENS",
         help="tokens to measure on (default: %(default)s)",

@@ -8,6 +8,8 @@ from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM, set_routing
 from dsmoe.sparsify.calibrate import calibrate
 from dsmoe.sparsify.calibration import CalibrationText
+from dsmoe.sparsify.compare import Comparison
+from dsmoe.sparsify.families import score_of
 from dsmoe.sparsify.search import TOLERANCE, Candidate, Frontier
 from dsmoe.sparsify.sites import expert_cost
 from dsmoe.sparsify.unused import remove_unused
@@ -43,28 +45,41 @@ def calibrated(args: argparse.Namespace, model: DSMoEForCausalLM, text: Calibrat
         removed = remove_unused(model, comparison.active, args.remove_unused)
         if removed["num_removed"]:
             comparison = frontier.comparer(found.policies, progress="measuring")
-        bound = args.max_loss_increase
-        if bound is not None and comparison.upper > bound:
-            raise UserError(
-                f"--remove-unused {args.remove_unused:g} raises the loss by {comparison.loss_increase:.5f} "
-                f"(standard error {comparison.standard_error:.5f}), above the bound of {bound:g}; use a smaller share"
-            )
     report = sparsity_report(model, comparison.active, args.sequence_length)
+    if removed is not None:
+        _check_removal(args, comparison, report["flops_per_token"])
     report["removed_experts"] = removed
     report["calibration"] = {
         "asked": {
             "max_loss_increase": args.max_loss_increase,
             "target_active": args.target_active,
             "max_flops_per_token": args.max_flops_per_token,
+            "score": args.score,
         },
         "text": text.description,
-        "score": args.score,
+        "score": score_of(found.policies),  # what was chosen may rank by less than was asked for, or keep all
         "family": found.family,
         "active_share": found.share,
         **comparison.as_dict(),
         "frontier": frontier.describe(),
     }
     return report
+
+
+def _check_removal(args: argparse.Namespace, comparison: Comparison, flops: float) -> None:
+    """Refuse a removal of experts that breaks the bound or the budget, within which the search had stayed."""
+    bound, most = args.max_loss_increase, args.max_flops_per_token
+    if bound is not None and comparison.upper > bound:
+        raise UserError(
+            f"--remove-unused {args.remove_unused:g} raises the loss by {comparison.loss_increase:.5f} "
+            f"(standard error {comparison.standard_error:.5f}), above the bound of {bound:g}; use a smaller share"
+        )
+    # later layers may choose more experts then; a sum in another order is no excess
+    if most is not None and flops > most * (1 + 1e-6):
+        raise UserError(
+            f"--remove-unused {args.remove_unused:g} shifts the routing: {flops:.6g} FLOPs per token, above the "
+            f"{most:.6g} of --max-flops-per-token; use a smaller share"
+        )
 
 
 def _found(
@@ -74,8 +89,15 @@ def _found(
         return frontier.within(args.max_loss_increase, family)
     if args.target_active is not None:
         return frontier.at_share(args.target_active, family)
+    return _within_flops(args, model, frontier, family)
+
+
+def _within_flops(
+    args: argparse.Namespace, model: DSMoEForCausalLM, frontier: Frontier, family: str | None
+) -> Candidate:
+    """The least damage at a number of FLOPs per token; never above it."""
     total, fixed = frontier.allocation.total, fixed_flops(model, frontier, args.sequence_length)
-    share = (args.max_flops_per_token - fixed) / total
+    most = share = (args.max_flops_per_token - fixed) / total
     if share >= frontier.reference_share:
         share = frontier.reference_share
     elif share < frontier.allocation.least:
@@ -87,7 +109,10 @@ def _found(
     else:
         # measured shares are met within the tolerance; FLOPs must not be above
         share = max(frontier.allocation.least, share - TOLERANCE)
-    return frontier.at_share(share, family)
+    try:
+        return frontier.at_share(share, family, at_most=most)
+    except UserError as error:
+        raise UserError(f"--max-flops-per-token {args.max_flops_per_token:g}: {error}") from None
 
 
 def fixed_flops(model: DSMoEForCausalLM, frontier: Frontier, context_length: int) -> float:

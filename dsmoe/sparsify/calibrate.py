@@ -9,7 +9,7 @@ from dsmoe.model import DSMoEForCausalLM
 from dsmoe.sparsify.allocation import Allocation
 from dsmoe.sparsify.compare import Comparer, reference_policies
 from dsmoe.sparsify.damage import Curve
-from dsmoe.sparsify.families import ALLOCATED, DEFAULT, GLOBAL, SCORES, levels
+from dsmoe.sparsify.families import ALLOCATED, DEFAULT, GLOBAL, SCORES, check_family, levels
 from dsmoe.sparsify.search import Frontier
 from dsmoe.sparsify.sites import COSTS, find_sites, output_norms
 
@@ -44,7 +44,7 @@ def calibrate(
         A Frontier: `.at_share(0.25)`, `.within(0.005)`.
 
     Raises:
-        UserError: a model without experts, or an unknown family.
+        UserError: a model without experts, an unknown family, or one that the model has no experts for.
     """
     if model.config.num_experts == 1 and model.config.num_attention_experts == 1:
         raise UserError("the model has no experts; there is nothing to sparsify")
@@ -56,6 +56,7 @@ def calibrate(
     ):
         if value not in known:
             raise UserError(f"{name} {value!r}: must be one of {', '.join(known)}")
+    check_family(family, model.config.num_experts > 1)
     reference = reference_policies(model)
     comparer = Comparer(model, batches, reference, progress="reference" if progress else None)
     first, tokens = 0, 0

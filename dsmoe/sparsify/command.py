@@ -20,12 +20,12 @@ from dsmoe.data.windows import evaluation_batches, text_batches
 from dsmoe.environment import default_device
 from dsmoe.errors import UserError, reason_of
 from dsmoe.files import check_new_folder
-from dsmoe.model import DSMoEForCausalLM, set_routing
-from dsmoe.sparsify.arguments import EPILOG, SEQUENCE_LENGTH, add_arguments
+from dsmoe.model import DSMoEForCausalLM
+from dsmoe.sparsify.arguments import EPILOG, SEED, SEQUENCE_LENGTH, SPLIT, add_arguments
 from dsmoe.sparsify.budget import calibrated
 from dsmoe.sparsify.calibration import CalibrationText, read_documents, sample_corpus, sample_documents
-from dsmoe.sparsify.measure import ActiveExperts, measure
-from dsmoe.sparsify.policies import TAKES, PolicyRequest, resolve
+from dsmoe.sparsify.measure import measure
+from dsmoe.sparsify.policies import TAKES, PolicyRequest, resolve_all
 from dsmoe.sparsify.unused import remove_unused
 from dsmoe.sparsify.write import human_report, sparsity_report, without_infinities, write_sparse
 
@@ -47,6 +47,8 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> None:
     """Sparsify as the arguments say; raises UserError on bad input, before anything is written."""
     _check(args)
+    args.seed = SEED if args.seed is None else args.seed
+    args.split = SPLIT if args.split is None else args.split
     keep_freed_memory()
     model, folder = load_pretrained(args.checkpoint, torch.float32)
     args.sequence_length = _sequence_length(args.sequence_length, model)
@@ -87,8 +89,7 @@ def _check(args: argparse.Namespace) -> None:
         value = getattr(args, name)
         if value is not None and value < 1:
             raise UserError(f"{_option(name)} {value}: must be at least 1")
-    if args.seed < 0:
-        raise UserError(f"--seed {args.seed}: must be at least 0")
+    _check_text_options(args)
     flops = args.max_flops_per_token
     if flops is not None and not 0 < flops < math.inf:
         raise UserError(f"--max-flops-per-token {flops:g}: must be a number above 0")
@@ -109,6 +110,20 @@ def _check(args: argparse.Namespace) -> None:
         raise UserError(f"{_option(mixed[0])} goes {'without' if args.policy else 'only with'} --policy")
     if args.policy is not None:
         _check_policy_options(args)
+
+
+def _check_text_options(args: argparse.Namespace) -> None:
+    """Refuse options of the text that have no effect on it."""
+    if args.seed is not None and args.policy is not None:
+        raise UserError(
+            f"--seed {args.seed}: with --policy no text is drawn (it is spread over a split, or begins a file); leave "
+            "--seed out"
+        )
+    if args.split is not None and args.data is None:
+        where = "no text is measured" if args.text is None else f"{args.text} is a file, which has no splits"
+        raise UserError(f"--split {args.split}: {where}; --split goes with --data")
+    if args.seed is not None and args.seed < 0:
+        raise UserError(f"--seed {args.seed}: must be at least 0")
 
 
 def _option(name: str) -> str:
@@ -161,12 +176,8 @@ def _by_hand(args: argparse.Namespace, model: DSMoEForCausalLM, folder: Path) ->
         "mlp": PolicyRequest(args.policy, args.k, args.threshold, args.top_p, args.target_active),
         "attention": _attention_request(args, model),
     }
-    for part in ("mlp", "attention"):
-        set_routing(model, part, resolve(model, part, requests[part], calibrate))
-    active: ActiveExperts | None = None
-    if calibrate is not None:
-        active = calibrate()
-    elif not _counts_are_fixed(model):
+    active = resolve_all(model, requests, calibrate)
+    if active is None and not _counts_are_fixed(model):
         raise UserError(
             f"how many experts policy {args.policy!r} keeps depends on the text: pass --text FILE or --data TOKEN_FOLDER"
         )

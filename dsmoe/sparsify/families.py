@@ -14,7 +14,7 @@ Shapes: T calibration tokens, N experts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,13 +22,17 @@ from torch import Tensor
 
 from dsmoe.config.routing import Policy
 from dsmoe.errors import UserError
+from dsmoe.sparsify.measure import LOWEST
 from dsmoe.sparsify.sites import Site
 
 ALLOCATED = ("per_layer_threshold", "per_layer_k", "per_expert_threshold", "top_p")
 GLOBAL = ("uniform_k", "global_threshold", "global_top_p")
 DEFAULT = "per_layer_threshold"
 SCORES = ("gate", "gate_norm")
+COARSE = ("uniform_k", "per_layer_k")  # the shares of whole Ks lie far apart
 LEVEL_RATIO = 1.04  # of the mean counts of neighbouring levels
+STEPS = 24  # of the bisection for a knob
+EXACT = 1e-4  # share of active experts at which it stops
 
 
 @dataclass
@@ -60,25 +64,46 @@ def levels(site: Site, family: str) -> list[Level]:
     return [*found, Level(site.reference, top)]
 
 
+def check_family(family: str, has_mlp_experts: bool) -> None:
+    """Refuse a family that has nothing to set; raises UserError."""
+    if family == "uniform_k" and not has_mlp_experts:
+        raise UserError(
+            "family uniform_k sets the K of MLP experts, and the model has none; take per_layer_k for attention experts"
+        )
+
+
 def global_policy(sites: Sequence[Site], family: str, knob: float) -> list[Policy]:
-    """The policy of every site under a one-knob family.
+    """The policy of every site under a one-knob family, with the score weights of the sites that have some.
 
     Args:
         sites: in order.
         family: one of `GLOBAL`.
-        knob: K, the threshold on N * p, or the mass.
+        knob: K, the threshold on N * p (times the expert's weight), or the mass.
     """
     policies: list[Policy] = []
     for site in sites:
+        weights = _weights(site)
         most = site.num_experts if site.kept_experts is None else len(site.kept_experts)
         if family == "uniform_k":
             k = min(round(knob), most)
-            policies.append({"policy": "top_k", "k": k} if site.part == "mlp" else site.reference)
+            policies.append({"policy": "top_k", "k": k, **weights} if site.part == "mlp" else site.reference)
         elif family == "global_threshold":
-            policies.append({"policy": "threshold", "threshold": min(knob, float(site.num_experts))})
+            policies.append({"policy": "threshold", "threshold": min(knob, _highest(site)), **weights})
         else:
-            policies.append({"policy": "top_p", "top_p": knob})
+            policies.append({"policy": "top_p", "top_p": knob, **weights})
     return policies
+
+
+def score_of(policies: Mapping[str, Sequence[Policy]]) -> str | None:
+    """What the policies rank experts by, one of `SCORES`; None where they keep all.
+
+    Args:
+        policies: {part: one per layer}.
+    """
+    ranking = [one for per_layer in policies.values() for one in per_layer if one["policy"] != "dense"]
+    if not ranking:
+        return None
+    return "gate_norm" if any("score_weights" in one for one in ranking) else "gate"
 
 
 def knob_for(sites: Sequence[Site], family: str, share: float) -> float:
@@ -87,32 +112,51 @@ def knob_for(sites: Sequence[Site], family: str, share: float) -> float:
     For "uniform_k" the largest K within the share, at least 1.
     """
     total = sum(site.num_experts * site.cost for site in sites)
-    most = max(site.num_experts for site in sites)
 
     def share_of(knob: float) -> float:
         policies = global_policy(sites, family, knob)
         return sum(site.count(policy) * site.cost for site, policy in zip(sites, policies)) / total
 
     if family == "uniform_k":
+        most = max(site.num_experts for site in sites)
         return max((k for k in range(1, most + 1) if share_of(k) <= share + 1e-6), default=1)
-    low, high = -12.0, (0.0 if family == "global_top_p" else math.log(most))
-    for _ in range(16):
+    if family == "global_threshold":
+        # a router that is sure of itself gives most experts next to nothing
+        low, high = LOWEST * math.log(2), math.log(max(map(_highest, sites)))
+    else:
+        low, high = -12.0, 0.0
+    middle = low
+    for _ in range(STEPS):
         middle = (low + high) / 2
+        reached = share_of(math.exp(middle))
+        if abs(reached - share) < EXACT:
+            break
         # a higher threshold keeps fewer, a higher mass more
-        fewer = (share_of(math.exp(middle)) < share) == (family == "global_threshold")
+        fewer = (reached < share) == (family == "global_threshold")
         low, high = (low, middle) if fewer else (middle, high)
-    return _rounded(math.exp((low + high) / 2))
+    knob = math.exp(middle)
+    return rounded(knob) if family == "global_threshold" else round(knob, 7)
+
+
+def _weights(site: Site) -> Policy:
+    """The policy's field of them, if any."""
+    return {} if site.weights is None else {"score_weights": site.weights}
+
+
+def _highest(site: Site) -> float:
+    """The highest threshold that a policy of the site may have: N, times the largest weight."""
+    return site.num_experts * max(site.weights or [1.0])
 
 
 def _policies(site: Site, family: str, counts: Sequence[float]) -> list[Policy]:
-    weights = {} if site.weights is None else {"score_weights": site.weights}
+    weights = _weights(site)
     if family == "per_layer_k":
         return [{"policy": "top_k", "k": int(count), **weights} for count in counts]
     scores_TN = _scores(site)
     if family == "per_layer_threshold":
         return [
             {"policy": "threshold", "threshold": value, **weights}
-            for value in _thresholds(scores_TN, site.num_experts, counts)
+            for value in _thresholds(scores_TN, _highest(site), counts)
         ]
     if family == "top_p":
         return [{"policy": "top_p", "top_p": mass, **weights} for mass in _masses(scores_TN, counts)]
@@ -136,14 +180,14 @@ def _scores(site: Site) -> Tensor:
     return scores_TN
 
 
-def _thresholds(scores_TN: Tensor, num_experts: int, counts: Sequence[float]) -> list[float]:
+def _thresholds(scores_TN: Tensor, highest: float, counts: Sequence[float]) -> list[float]:
     """The best expert is always kept; so a mean count c keeps the T * (c - 1) largest of all other scores."""
     others = scores_TN.sort(dim=-1, descending=True).values[:, 1:].flatten().sort(descending=True).values
     found = []
     for count in counts:
         place = min(len(others) - 1, round(len(scores_TN) * (count - 1)))
-        above = float(others[place - 1]) if place else float(num_experts)
-        found.append(_rounded(min((above + float(others[place])) / 2, float(num_experts))))
+        above = float(others[place - 1]) if place else highest
+        found.append(min(rounded((above + float(others[place])) / 2), highest))
     return found
 
 
@@ -174,10 +218,10 @@ def _expert_thresholds(site: Site, scores_TN: Tensor, counts: Sequence[float]) -
             mean = float(((scores_TN > cut(middle)) | best).sum(-1).double().mean())
             low, high = (middle, high) if mean < count else (low, middle)
         low_share = low
-        found.append([_rounded(min(value, float(site.num_experts))) for value in cut(high).tolist()])
+        found.append([min(rounded(value), _highest(site)) for value in cut(high).tolist()])
     return found
 
 
-def _rounded(value: float) -> float:
+def rounded(value: float) -> float:
     """Six significant digits: what a config.json should hold."""
     return float(f"{value:.6g}")

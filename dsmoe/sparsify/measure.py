@@ -11,8 +11,8 @@ from tqdm import tqdm
 from dsmoe.model import DSMoEForCausalLM, model_inputs
 from dsmoe.model.routing import keep_experts
 
-# histogram of log2(N * p): N * p from 2^-24 to 2^10 in steps of 0.3%
-LOWEST, HIGHEST, BINS = -24.0, 10.0, 8192
+# histogram of log2(N * p): N * p from 2^-100 to 2^10 in steps of 0.23%; a decided router's smallest are that small
+LOWEST, HIGHEST, BINS = -100.0, 10.0, 32768
 
 
 @dataclass
@@ -36,6 +36,11 @@ class ActiveExperts:
     def mean(self, part: str) -> list[float]:
         """Mean kept experts of a token, per layer."""
         return [self._mean(histogram) for histogram in self.counts[part]]
+
+    def share(self, part: str) -> float:
+        """Mean share of the experts that a token keeps, over tokens and layers."""
+        means = self.mean(part)
+        return sum(means) / len(means) / (len(self.counts[part][0]) - 1)
 
     def percentile(self, part: str, share: float) -> list[int]:
         """The smallest count that at least `share` of the tokens don't exceed, per layer."""

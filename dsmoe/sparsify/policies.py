@@ -1,16 +1,23 @@
 """From what the user asks for to one routing policy per layer; some need calibration text."""
 
-from collections.abc import Callable, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any
 
 from dsmoe.config.routing import Policy, policies_per_layer
 from dsmoe.errors import UserError
-from dsmoe.model import DSMoEForCausalLM, use_routing
-from dsmoe.sparsify.measure import ActiveExperts
+from dsmoe.model import DSMoEForCausalLM, set_routing, use_routing
+from dsmoe.sparsify.families import rounded
+from dsmoe.sparsify.measure import LOWEST, ActiveExperts
 
 Measure = Callable[[], ActiveExperts]
+
+TRIES = 12  # thresholds that are measured for a share
+ENOUGH = 0.003  # as near to the share as the search goes
+MET = 0.01  # a share this far off is not what was asked for
+ROUNDS = 3  # of both parts, where each has a target: sparse attention shifts the routing of the MLP
 
 # policy -> what may be asked of it; the k of threshold_top_k is fixed on text, its threshold may be
 TAKES: dict[str, tuple[str, ...]] = {
@@ -40,6 +47,41 @@ class PolicyRequest:
     threshold: list[float] | None = None
     top_p: float | None = None
     target_active: float | None = None
+
+
+def resolve_all(
+    model: DSMoEForCausalLM, requests: Mapping[str, PolicyRequest], measure: Measure | None
+) -> ActiveExperts | None:
+    """Set the policies of both parts.
+
+    Args:
+        model: densely trained; its policies are set.
+        requests: {"mlp": ..., "attention": ...}.
+        measure: see `resolve`.
+
+    Returns:
+        Active experts under them; None without text.
+
+    Raises:
+        UserError: as `resolve`, or shares of active experts that aren't the target's once both parts are sparse.
+    """
+    # a rounded K has a share of its own
+    targets = {
+        part: one.target_active
+        for part, one in requests.items()
+        if one.name == "threshold" and one.target_active is not None
+    }
+    for _ in range(ROUNDS):
+        for part, request in requests.items():
+            set_routing(model, part, resolve(model, part, request, measure))
+        if measure is None:
+            return None
+        active = measure()
+        if all(abs(active.share(part) - target) <= MET for part, target in targets.items()):
+            break
+    for part, target in targets.items():
+        _check_target(part, target, active.share(part))
+    return active
 
 
 def resolve(
@@ -123,30 +165,51 @@ def _fix_k(model: DSMoEForCausalLM, part: str, policies: list[Policy], measure: 
 def _threshold_for(
     model: DSMoEForCausalLM, part: str, target: float, num_experts: int, measure: Measure
 ) -> float:
-    """The global threshold whose mean active share is nearest to the target.
+    """The global threshold whose mean active share is nearest to the target; raises UserError where none is near.
 
     Later layers see inputs that depend on what earlier layers drop, so the quantile is taken anew under each guess.
     """
     if not 1 / num_experts <= target <= 1:
         raise UserError(f"--target-active {target}: must be from 1/{num_experts} (one expert) to 1")
     layers = model.config.num_hidden_layers
-    best = (2.0, 0.0)
+    tried: dict[float, float] = {}
+    low, high = 0.0, math.inf  # thresholds that keep too many, and too few
     guess, quantile = 0.0, target
-    for _ in range(8):
-        with _policies(
-            model, part, [{"policy": "threshold", "threshold": min(guess, float(num_experts))}] * layers
-        ):
+    for _ in range(TRIES):
+        with _policies(model, part, [{"policy": "threshold", "threshold": guess}] * layers):
             active = measure()
-        means = active.mean(part)
-        share = sum(means) / len(means) / num_experts
-        best = min(best, (abs(share - target), guess))
-        if best[0] < 0.003:
+        share = tried[guess] = active.share(part)
+        if abs(share - target) < ENOUGH:
             break
+        low, high = (guess, high) if share > target else (low, guess)
         if guess:
             # every token keeps at least one expert, which a quantile doesn't know
             quantile = min(1.0, max(0.0, quantile + (target - share)))
-        guess = active.threshold_for(part, quantile)
-    return round(best[1], 6)
+        # a bin's edge may lie above N, where no policy's threshold may
+        guess = rounded(min(active.threshold_for(part, quantile), float(num_experts)))
+        if low < high and not low < guess < high:
+            guess = rounded(math.sqrt(max(low, 2.0**LOWEST) * min(high, num_experts)))
+        if guess in tried:
+            break
+    best = min(tried, key=lambda threshold: abs(tried[threshold] - target))
+    _check_target(part, target, tried[best])
+    return best
+
+
+def _check_target(part: str, target: float, share: float) -> None:
+    """Refuse a share of active experts that is not what was asked for; raises UserError.
+
+    Args:
+        part: "mlp" or "attention".
+        target: as asked for.
+        share: as measured.
+    """
+    if abs(share - target) > MET:
+        option = "--policy top_k --k" if part == "mlp" else "--attention-policy top_k --attention-k"
+        raise UserError(
+            f"--target-active {target:g}: the nearest share of {part} experts that one threshold gives on this text is "
+            f"{share:.4g}; ask for a share near it, or for a number of experts by {option}"
+        )
 
 
 def _policies(model: DSMoEForCausalLM, part: str, policies: list[Policy]) -> AbstractContextManager[None]:

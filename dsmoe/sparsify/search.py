@@ -12,12 +12,12 @@ from tqdm import tqdm
 from dsmoe.errors import UserError
 from dsmoe.sparsify.allocation import Allocation
 from dsmoe.sparsify.compare import Comparer, Comparison, Policies
-from dsmoe.sparsify.families import ALLOCATED, global_policy, knob_for
+from dsmoe.sparsify.families import ALLOCATED, COARSE, check_family, global_policy, knob_for
 from dsmoe.sparsify.sites import Site
 
 SCAN = 7
 TOLERANCE = 0.003  # of a share that is asked for
-
+CLOSE = 0.01  # a share this far off is not what was asked for
 RIVALS = ("uniform_k", "global_threshold")
 ROUNDS = 3  # of corrections
 
@@ -81,7 +81,7 @@ class Frontier:
         """Share of active experts of the reference."""
         return sum(site.reference_count * site.cost for site in self.sites) / self.allocation.total
 
-    def at_share(self, share: float, family: str | None = None) -> Candidate:
+    def at_share(self, share: float, family: str | None = None, at_most: float | None = None) -> Candidate:
         """The model with this share of active experts (of all experts' parameters, or FLOPs).
 
         Args:
@@ -89,21 +89,34 @@ class Frontier:
             family: one of `GLOBAL`, or the family of the frontier: that one alone, whatever is better (uniform_k: the
                 largest K within the share); None: the best of the frontier's own family, uniform K and a global
                 threshold.
+            at_most: a share that must not be exceeded, and that any smaller one is within; None: what is 0.01 above or
+                below the share counts as met (of a family of whole Ks: whatever is below).
 
         Raises:
-            UserError: fewer than one expert each, or more than the reference has.
+            UserError: fewer than one expert each, or more than the reference has; nothing that counts as met was found;
+                or a family that the model has no experts for.
         """
+        own = self._own(family)
         least, most = self.allocation.least, self.reference_share
         if not least - TOLERANCE <= share <= most + TOLERANCE:
             raise UserError(
                 f"an active share of {share:g} can't be met: one expert per layer and token is {least:.4g}, "
                 f"and the checkpoint as it is has {most:.4g}"
             )
-        self._correct(share, family or self.family)
-        found = [self._hit(family or self.family, share)]
-        if family is None:
-            found += [self._hit(rival, share) for rival in RIVALS if rival != self.family]
-        near = [one for one in found if abs(one.share - share) <= 0.01] or found[:1]
+        self._correct(share, own)
+        ceiling = min(share + CLOSE, math.inf if at_most is None else at_most) + 1e-9
+        families = [own, *(rival for rival in self._rivals if family is None and rival != own)]
+        found = [self._hit(one, share, ceiling) for one in families]
+        allowed = [one for one in found if one.share <= ceiling]
+        near = [one for one in allowed if one.share >= share - CLOSE]
+        if not near and (own in COARSE or at_most is not None):
+            near = allowed
+        if not near:
+            nearest = min(found, key=lambda one: abs(one.share - share))
+            raise UserError(
+                f"an active share of {share:.4g} can't be met: the nearest found with family {' or '.join(families)} is "
+                f"{nearest.share:.4g}; ask for a share near it, or take another family"
+            )
         return min(near, key=lambda one: one.comparison.damage)
 
     def within(self, bound: float, family: str | None = None) -> Candidate:
@@ -114,14 +127,15 @@ class Frontier:
             family: as in `at_share`.
 
         Raises:
-            UserError: none was found (for a bound below 0: the reference itself meets 0), or text of a single document.
+            UserError: none was found (for a bound below 0: the reference itself meets 0), text of a single document, or a
+                family that the model has no experts for.
         """
+        own = self._own(family)
         if len(np.unique(self.comparer.cluster_ids())) < 2:
             raise UserError(
                 f"a bound on the loss increase ({bound:g} nats) needs a standard error, and the calibration text is a "
                 "single document; give several, or a longer one (of more than four windows of --sequence-length)"
             )
-        own = family or self.family
         start = self._scan(own, bound)
         self._correct(start, own)
         best = self._bisect(own, bound, start)
@@ -129,8 +143,8 @@ class Frontier:
             self._correct(best.share, own)
             best = self._bisect(own, bound, best.share)
         if family is None and best is not None:
-            for rival in RIVALS:
-                found = self._hit(rival, best.share)
+            for rival in self._rivals:
+                found = self._hit(rival, best.share, best.share + CLOSE)
                 # as good with no more experts: its own sparsest model may be sparser still
                 if found.comparison.upper <= bound and found.share < best.share * 1.005:
                     self._bisect(rival, bound, found.share)
@@ -154,6 +168,20 @@ class Frontier:
         """Everything that was measured, JSON-able."""
         return {"family": self.family, **self.allocation.describe(),
                 "visited": [one.as_dict() for one in self.visited]}  # fmt: skip
+
+    @property
+    def _has_mlp_experts(self) -> bool:
+        return any(site.part == "mlp" for site in self.sites)
+
+    @property
+    def _rivals(self) -> list[str]:
+        return [one for one in RIVALS if one != "uniform_k" or self._has_mlp_experts]
+
+    def _own(self, family: str | None) -> str:
+        """The family that is searched first, after checking that the model has experts for it."""
+        own = family or self.family
+        check_family(own, self._has_mlp_experts)
+        return own
 
     def _build(self, family: str, share: float) -> Policies:
         """Policies of a family at an expected share."""
@@ -180,20 +208,28 @@ class Frontier:
             self.visited.append(self._known[key])
         return self._known[key]
 
-    def _hit(self, family: str, share: float) -> Candidate:
-        """The family's model with a measured share: routing shifts when earlier layers become sparse."""
+    def _hit(self, family: str, share: float, ceiling: float) -> Candidate:
+        """The family's model with a measured share: routing shifts when earlier layers become sparse.
+
+        Where the share isn't hit: the nearest, rather below the ceiling than above.
+        """
         if family == "uniform_k":
             return self._measure(family, self._build(family, share + TOLERANCE), True)
-        asked = share
+        asked, low, high = share, 0.0, math.inf  # what was asked where too few, and too many came out
         found: list[Candidate] = []
+        whole = False
         for attempt in range(7):
-            # the first tries on a part of the text
-            whole = attempt > 2 or (bool(found) and abs(found[-1].share - share) < TOLERANCE)
+            # the first tries on a part of the text, whose shares are a little different
+            if not whole and (attempt > 2 or (found and abs(found[-1].share - share) < TOLERANCE)):
+                whole, low, high = True, 0.0, math.inf
             found.append(self._measure(family, self._build(family, asked), whole))
-            if whole and abs(found[-1].share - share) < TOLERANCE:
+            if whole and abs(found[-1].share - share) < TOLERANCE and found[-1].share <= ceiling:
                 return found[-1]
+            low, high = (asked, high) if found[-1].share < share else (low, asked)
             asked = min(1.0, max(self.allocation.least, asked * share / found[-1].share))
-        best = min(found, key=lambda one: abs(one.share - share))
+            if 0 < low < high < math.inf and not low < asked < high:
+                asked = math.sqrt(low * high)
+        best = min(found, key=lambda one: (one.share > ceiling, abs(one.share - share)))
         return self._measure(family, best.policies, True)
 
     def _correct(self, share: float, family: str) -> None:

@@ -135,8 +135,9 @@ def _calibration_lines(report: dict[str, Any]) -> list[str]:
     if found is not None:
         error = found["standard_error"]
         error = "unknown (a single document)" if error is None else f"{error:.5f}"
+        ranked = "keeps all experts" if found["score"] is None else f"score: {found['score']}"
         lines = [
-            f"family             {found['family']:>21}  (score: {found['score']})",
+            f"family             {found['family']:>21}  ({ranked})",
             f"loss increase      {found['loss_increase']:>14.5f}  nats/token, standard error {error}, "
             "against the checkpoint as it was",
             f"active experts     {found['active_share']:>14.1%}  of all experts, by their cost",
