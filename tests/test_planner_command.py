@@ -337,7 +337,9 @@ def test_the_vocabulary_is_that_of_the_laws_runs(plan, tmp_path):
         status, out, _ = plan("--flops", "1e15", *words, "--json", "-")
         assert status == 0
         found = json.loads(out)
-        return [(row["kind"], row["num_params_total"]) for row in found["rows"]], " ".join(found["assumptions"])
+        return [(row["kind"], row["num_params_total"]) for row in found["rows"]], " ".join(
+            found["assumptions"]
+        )
 
     own, notes = ranked("--law", str(tmp_path / "law.json"))
     assert own == ranked("--law", str(tmp_path / "old.json"), "--vocab-size", "1024")[0]
