@@ -86,6 +86,14 @@ def test_text_of_another_tokenizer_is_refused(train, dense_run, corpus_dir, tmp_
     error = capsys.readouterr().err.strip()
     assert refused.status == 2 and not refused.folder.exists()
     assert "another tokenizer" in error and f"--tokenizer {dense_run.folder / 'final'}`" in error
+    taught = {
+        "distillation__coef": 0.5,
+        "distillation__teacher": dense_run.folder,
+        "mask_phase__fraction": 0.5,
+    }
+    assert train("taught", data__path=tmp_path / "data", **taught, **MI).status == 2
+    error = capsys.readouterr().err.strip()
+    assert error.startswith("error: distillation.teacher: ") and "another tokenizer" in error
     # a model that names none is taken at its word
     for name in ("tokenizer.json", "tokenizer_config.json"):
         (dense_run.folder / "final" / name).unlink()

@@ -27,7 +27,7 @@ from dsmoe.trainer.loop import TrainingRun
 from dsmoe.trainer.outcome import measured_by
 from dsmoe.trainer.seeds import check_comparable, compare, summarise
 from dsmoe.trainer.signals import Stopped, StopSignals
-from dsmoe.trainer.starting_point import adopt_model
+from dsmoe.trainer.starting_point import adopt_model, check_teacher
 from dsmoe.trainer.together import on_main
 
 EPILOG = """examples:
@@ -127,11 +127,11 @@ def _run(argv: Sequence[str] | None) -> None:
     if arguments.print_only:
         print(resolved)
         return
-    note = adopt_model(config)
+    notes = [adopt_model(config), check_teacher(config)]
     if arguments.compare_to:
         _check_twin(config, arguments.compare_to)
     accelerator = start(config)
-    if note:
+    for note in filter(None, notes):
         accelerator.print(note)
     root = Path(config.train.output_dir)
     with StopSignals(speak=accelerator.is_main_process) as signals, ExitStack() as held, told_when_full(root):

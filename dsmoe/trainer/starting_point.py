@@ -44,6 +44,24 @@ def adopt_model(config: RunConfig) -> str | None:
     return "\n".join(filter(None, notes)) or None
 
 
+def check_teacher(config: RunConfig) -> str | None:
+    """Whether a frozen teacher reads the run's text as the run does.
+
+    Returns:
+        What the user should be told; None: nothing, or there is no such teacher.
+
+    Raises:
+        UserError: no dsmoe model there, no text in `data.path`, or text of another tokenizer than the teacher's.
+    """
+    if not config.distillation.teacher:
+        return None
+    try:
+        folder = model_folder(Path(config.distillation.teacher))
+        return check_tokenizer(TokenCorpus(config.data.path), folder)
+    except UserError as error:
+        raise UserError(f"distillation.teacher: {error}") from None
+
+
 def first_model(config: RunConfig, corpus: TokenCorpus) -> DSMoEForCausalLM:
     """The model at step 0, in training mode and with the run's settings of recomputation.
 
