@@ -259,7 +259,7 @@ def test_bootstrap_draws_give_intervals_and_the_stability_of_the_decision(law_fi
 def test_the_stability_speaks_of_shapes_that_can_be_built():
     """A law of tiny models puts the optimum below d = 64: all rows are d = 64, and there the draws compare them too."""
     law = read_law(ROOT / "eval" / "records" / "scaling-law" / "law.json")
-    rows = plan_with(law, flops=1e13).rows
+    rows = make_plan(candidate_families(law, vocab_size=50_257), Limits(flops=1e13), law).rows
     assert all(row.fields["hidden_size"] == 64 and row.continuous.hidden_size < 64 for row in rows)
     sizes = [(row.family.num_params_trained(64), row.real.tokens) for row in rows]
     tied = [0] * len(rows)
