@@ -137,6 +137,22 @@ def test_prompts_are_the_same_for_all():
     assert [len(p) for p in prompts] == [5, 5, 5] and all(0 <= token < 7 for p in prompts for token in p)
 
 
+def test_prompts_of_one_token_in_waves():
+    """Four waves of two requests, five tokens each, a second a step: two tokens a second."""
+    answer = {
+        "first": [1, 1, 6, 6, 11, 11, 16, 16],
+        "last": [5, 5, 10, 10, 15, 15, 20, 20],
+        "serving_peak_bytes": None,
+        "engine_version": "1",
+        "options": {},
+    }
+    setting = {"name": "s", "requests": 8, "input_tokens": 1, "output_tokens": 5, "concurrency": 2}
+    rounds = [{"full": answer, "first_tokens": None}]
+    row = row_of("dense", "dense", "own", setting, {}, {"load_peak_bytes": None}, rounds)
+    assert row["decode_tokens_per_second"] == row["tokens_per_second"] == 2.0
+    assert row["prefill_tokens_per_second"] is None
+
+
 def test_row_of_known_times():
     def answer(first, last, peak):
         return {

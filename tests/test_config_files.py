@@ -18,7 +18,9 @@ from dsmoe.trainer.launch import count_micro_batches
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 MODELS = sorted((CONFIGS / "model").glob("*.yaml"))
-RUNS = sorted(path for folder in ("quickstart", "recipe") for path in (CONFIGS / folder).glob("*.yaml"))
+RUNS = sorted(
+    path for folder in ("quickstart", "recipe", "recipe_1b") for path in (CONFIGS / folder).glob("*.yaml")
+)
 
 
 @pytest.mark.parametrize("path", [*MODELS, *RUNS], ids=lambda path: f"{path.parent.name}/{path.stem}")
@@ -74,6 +76,26 @@ def test_a_resolved_config_resolves_to_itself(tmp_path):
     assert again == resolved
     assert second == first
     assert first.model_config().mlp_routing == [{"policy": "top_k", "k": 2}, {"policy": "top_k", "k": 3}]
+
+
+def test_the_models_of_1b_are_twins_with_batches_for_their_processes(monkeypatch):
+    monkeypatch.chdir(CONFIGS.parent)
+    runs = {}
+    for path in sorted((CONFIGS / "recipe_1b").glob("*.yaml")):
+        text = path.read_text(encoding="utf-8").replace("\\\n#", "")
+        line = next(line for line in text.splitlines() if "Command:" in line)
+        words = shlex.split(line.split("train/pretrain.py")[1].replace("DATA", "somewhere"))
+        run, _, _ = parse(words)
+        run.check()
+        assert count_micro_batches(run.train, run.train.num_processes) == 1
+        runs[run.model.kind] = run
+    totals = {kind: total_parameters(run.model_config()) for kind, run in runs.items()}
+    assert set(totals) == {"dense", "dsmoe", "smoe"} and 0.99e9 < totals["dense"] < 1.02e9
+    # but for the routers
+    assert totals["dsmoe"] == totals["smoe"] < 1.002 * totals["dense"]
+    for run in runs.values():
+        assert run.optim == runs["dense"].optim and run.data == runs["dense"].data
+        assert run.train.total_tokens == runs["dense"].train.total_tokens
 
 
 def readme_command(start):

@@ -336,3 +336,29 @@ def test_parts_take_time(tiny_model):
     made = Decoder(tiny_model(dtype=torch.float32), 9, profile=True)
     decoded(made, prompts(1, 9), 4)
     assert tuple(made.seconds) == decoder.PARTS and min(made.seconds.values()) > 0
+
+
+def test_weights_that_are_replaced_stay_where_they_were_read(tiny_model):
+    """`Module.to` and `.data =` put another storage under the same parameter, and the old one was freed."""
+    model = tiny_model(dtype=torch.float32).eval()
+    decoder = Decoder(model, 8, backend="cpp")
+    decoder.prefill(torch.tensor([[1, 2, 3]]))
+    before = decoder.step(torch.tensor([4])).clone()
+    held = {one.data_ptr() for one in decoder._steps.plan.alive if isinstance(one, torch.Tensor)}
+    assert model.model.norm.weight.data_ptr() in held
+    decoder.crop(3)
+    for parameter in model.parameters():
+        parameter.data = parameter.data * 2.0
+    assert model.model.norm.weight.data_ptr() not in held
+    junk = [torch.full_like(parameter, float("nan")) for parameter in model.parameters()]
+    assert torch.equal(decoder.step(torch.tensor([4])), before) and junk
+    # the next prefill reads the new ones, and refuses what the step can't run
+    decoder.prefill(torch.tensor([[1, 2, 3]]))
+    assert not torch.equal(decoder.step(torch.tensor([4])), before)
+    for change, words in (
+        (model.bfloat16, "its weights were torch.float32 and are torch.bfloat16"),
+        (model.double, "it computes float32 and bfloat16"),
+    ):
+        change()
+        with pytest.raises(UserError, match=words):
+            decoder.prefill(torch.tensor([[1, 2, 3]]))

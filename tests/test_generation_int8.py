@@ -1,5 +1,7 @@
 """int8 weights: errors within the bound of rounding, the same numbers on both paths, and in the decoding step."""
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -111,3 +113,38 @@ def test_it_is_for_inference_alone(tiny_model, tmp_path):
     with pytest.raises(UserError, match="int8 already"):
         quantize_int8(model)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_a_cast_leaves_the_scales_alone(tiny_model, dtype):
+    """The kernels read them as float32; cast to bfloat16 they were read two at a time, and beyond their end."""
+    first = tiny_model(dtype=torch.float32, **SPARSE).eval()
+    second = copy.deepcopy(first)
+    first = quantize_int8(first.to(dtype), linear=True)
+    second = quantize_int8(second, linear=True).to(dtype).half().to(dtype)
+    scales = [buffer for name, buffer in second.named_buffers() if name.endswith("scales")]
+    assert scales and all(one.dtype is torch.float32 for one in scales)
+    ids = torch.arange(1, 9)[None]
+    # weights of bfloat16 are rounded before, so that numbers of 8 bits may differ by one
+    with torch.no_grad():
+        assert apart(first(ids).logits, second(ids).logits) < 0.05
+    found = []
+    for model in (first, second):
+        decoder = Decoder(model, 12, backend="cpp")
+        decoder.prefill(ids)
+        found.append(decoder.step(ids[:, 0]).clone())
+    assert apart(*found) < 0.05
+
+
+def apart(one, other):
+    """Distance relative to the size of the first."""
+    return float((one.float() - other.float()).norm() / one.float().norm())
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_rows_that_are_not_finite_stay_so(value):
+    weight = torch.ones(2, 4)
+    weight[0, 1] = value
+    quantized, scales = quantize_rows(weight)
+    wide = quantized * scales[:, None]
+    assert not wide[0].isfinite().all() and torch.equal(wide[1], weight[1])

@@ -157,3 +157,23 @@ def test_masked_batch_is_no_error():
     statistics = router_statistics(logits, mask)
     assert all(torch.isfinite(value).all() for value in statistics_values(statistics).values())
     assert torch.isfinite(router_losses(logits, statistics, mask).mutual_information)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_load_balancing_of_all_experts_is_the_sum_of_squares(padded):
+    """A token that keeps all experts loads each with its p: N * sum p^2, and with loads held fixed half its gradient."""
+    logits = make_logits()
+    mask = torch.ones(4, 5, dtype=torch.long)
+    if padded:
+        mask[1, 2:] = mask[3, :2] = 0
+    expected = 0
+    for layer in logits:
+        mean = (layer.softmax(-1) * mask[..., None]).sum((0, 1)) / mask.sum()
+        expected = expected + layer.shape[-1] * (mean * mean).sum()
+    statistics = router_statistics(logits, mask if padded else None)
+    value = statistics_values(statistics)["load_balancing"].sum()
+    torch.testing.assert_close(value, expected.detach(), **CLOSE)
+    loss = router_losses(logits, statistics, mask if padded else None).load_balancing
+    for got, want in zip(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)):
+        assert got.abs().max() > 0
+        torch.testing.assert_close(got, want / 2, **CLOSE)

@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+from pathlib import Path
 
 import pytest
 import torch
@@ -24,6 +25,7 @@ from dsmoe.model.kernels import (
     selected_kernel,
     selection,
 )
+from dsmoe.model.kernels.check import KernelUnavailable
 from dsmoe.model.wide import wide_experts
 
 # largest error over the largest value
@@ -310,6 +312,18 @@ def test_a_damaged_library_is_replaced_and_then_kept(cpp_kernel, monkeypatch, tm
 
 
 @pytest.mark.skipif(os.name != "posix" or os.getuid() == 0, reason="permissions don't bind this user")
+@pytest.mark.parametrize("error", [OSError("no space left"), RuntimeError("no home directory")])
+def test_a_folder_that_cannot_be_had_is_no_kernel(monkeypatch, error):
+    """A full disk, or a user without a home: eager kernels then, after a warning."""
+
+    def fail(*args, **kwargs):
+        raise error
+
+    monkeypatch.setattr(build, "cache_path", fail)
+    with pytest.raises(KernelUnavailable, match=str(error)):
+        build.load_library(Path("any.cpp"), pytest.fail)
+
+
 def test_a_cache_that_cannot_be_written_does_no_harm(cpp_kernel, monkeypatch, tmp_path):
     tmp_path.chmod(0o500)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))

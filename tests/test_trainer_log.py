@@ -13,6 +13,7 @@ from dsmoe.data.corpus import TokenCorpus
 from dsmoe.data.loader import TrainLoader
 from dsmoe.data.windows import evaluation_batches
 from dsmoe.errors import UserError
+from dsmoe.trainer.loop import TrainingRun
 from dsmoe.trainer.mask_phase import ThresholdController
 from dsmoe.trainer.seeds import compare
 from dsmoe.trainer.step import Stepper
@@ -51,6 +52,26 @@ def test_log_lines(train):
 def test_learning_rates_follow_the_schedule(train):
     run = train("run", **{**SHORT, "optim__router_lr_scale": 0.5, "optim__warmup_fraction": 0.67})
     assert [line["learning_rate"] for line in steps(run)] == pytest.approx([0.005, 0.01, 0.01])
+
+
+def test_routers_have_a_learning_rate_of_their_own(train, monkeypatch):
+    seen = []
+
+    class Watched(TrainingRun):
+        def _one_step(self, total):
+            result = super()._one_step(total)
+            groups = self.raw_optimizer.param_groups
+            seen.append({name: group["lr"] for group in groups for name in group["names"]})
+            return result
+
+    monkeypatch.setattr("dsmoe.trainer.command.TrainingRun", Watched)
+    assert (
+        train("run", **{**SHORT, "optim__router_lr_scale": 0.25, "optim__warmup_fraction": 0.0}).status == 0
+    )
+    for rates in seen:
+        routers = {rate for name, rate in rates.items() if ".router." in name}
+        others = {rate for name, rate in rates.items() if ".router." not in name}
+        assert routers == {0.25 * rate for rate in others} and len(others) == 1
 
 
 @pytest.mark.parametrize("isolated", [False, True])

@@ -3,6 +3,8 @@
 import pytest
 import torch
 
+from dsmoe.losses import router_statistics
+from dsmoe.trainer.statistics import RunningMean
 from dsmoe.trainer.step import Stepper
 
 # so large that wrong statistics would show in every loss
@@ -64,6 +66,32 @@ def test_running_statistics_with_one_micro_batch_and_no_memory_are_exact(train):
         "running", **settings, router_loss__mi_statistics="running", router_loss__mi_running_decay=0.0
     )
     assert running.losses() == pytest.approx(exact.losses(), rel=1e-6)
+
+
+def test_running_means_are_weighted_means():
+    """Of micro-batches, the newest most: sum (1 - d) d^i p_i / sum (1 - d) d^i."""
+    decay, draws = 0.8, torch.Generator().manual_seed(0)
+    running, seen = RunningMean(decay), []
+    for _ in range(4):
+        logits = torch.randn(1, 7, 5, generator=draws, dtype=torch.float64)
+        seen.append(logits.softmax(-1).mean((0, 1)))
+        found = running.update({"mlp": router_statistics([logits])})["mlp"][0]
+        weights = [(1 - decay) * decay**age for age in reversed(range(len(seen)))]
+        wanted = sum(weight * one for weight, one in zip(weights, seen)) / sum(weights)
+        torch.testing.assert_close(found, wanted)
+
+
+def test_the_schedule_of_the_mutual_information_reaches_the_loss(train):
+    """One that has decayed to nothing is a run without that loss; the coefficient as it is is another."""
+    settings = {
+        **LARGE,
+        "router_loss__mi_schedule": "ramp",
+        "router_loss__mi_ramp_start": 1.0,
+        "router_loss__mi_ramp_end": 1.0,
+    }
+    without = train("without", **{**LARGE, "router_loss__router_mi_loss_coef_mlp": 0.0})
+    assert train("later", **settings).losses() == without.losses()
+    assert train("always", **LARGE).losses() != without.losses()
 
 
 def test_running_statistics_are_near(train):

@@ -47,10 +47,11 @@ def row_of(
     requests, tokens_in, tokens_out = (setting[key] for key in ("requests", "input_tokens", "output_tokens"))
     full = [one["full"] for one in rounds]
     seconds = [max(one["last"]) for one in full]
-    # prompts of one token: the first step is a step of decoding
-    prefill = [max((one["first_tokens"] or one["full"])["first"]) for one in rounds]
     rates = [requests * tokens_out / value for value in seconds]
-    decode = [requests * (tokens_out - 1) / max(a - b, 1e-9) for a, b in zip(seconds, prefill)]
+    prefill, decode = [0.0], rates  # prompts of one token: the first step is a step of decoding
+    if tokens_in > 1:
+        prefill = [max(one["first_tokens"]["first"]) for one in rounds]
+        decode = [requests * (tokens_out - 1) / max(a - b, 1e-9) for a, b in zip(seconds, prefill)]
     latencies = sorted(value for one in full for value in one["last"])
     firsts = sorted(value for one in full for value in one["first"])
     peaks = [loaded["load_peak_bytes"], *(one["serving_peak_bytes"] for one in full)]

@@ -7,6 +7,7 @@ both factors leave the sum. Tokens, gates, routers, norms, embeddings, keys and 
 Shapes: T tokens, D hidden size, N stored experts, F hidden units of one expert, H = 2F (swiglu) or F (gelu).
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -26,15 +27,31 @@ def quantize_rows(weight: Tensor) -> tuple[Tensor, Tensor]:
         weight: [..., rows, depth], any floating dtype.
 
     Returns:
-        int8 [..., rows, depth] and float32 [..., rows]; a row of zeros has scale 1.
+        int8 [..., rows, depth] and float32 [..., rows]; a row of zeros has scale 1, one that isn't finite a scale that
+        isn't.
     """
     wide = weight.detach().float()
     scales = wide.abs().amax(-1) / 127
-    scales = torch.where(scales > 0, scales, torch.ones_like(scales))
+    scales = torch.where(scales == 0, torch.ones_like(scales), scales)
     return (wide / scales[..., None]).round_().to(torch.int8), scales
 
 
-class Int8Linear(nn.Module):
+class _Int8(nn.Module):
+    """A cast of the model leaves the scales alone: kernels read them as float32, whatever its weights are."""
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Any:
+        before = {
+            name: buffer for name, buffer in self.named_buffers(recurse=False) if name.endswith("scales")
+        }
+        super()._apply(fn, recurse)
+        for name, scales in before.items():
+            moved = getattr(self, name)
+            if moved.dtype is not torch.float32:
+                setattr(self, name, scales.to(moved.device))
+        return self
+
+
+class Int8Linear(_Int8):
     """A linear layer without bias."""
 
     weight: Tensor
@@ -51,7 +68,7 @@ class Int8Linear(nn.Module):
         return functional.linear(x, (self.weight * self.scales[:, None]).to(x.dtype))
 
 
-class Int8Experts(nn.Module):
+class Int8Experts(_Int8):
     """`Experts` without gradients, with the same forward."""
 
     input_proj: Tensor

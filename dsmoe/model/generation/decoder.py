@@ -202,12 +202,21 @@ class CppSteps:
         self.refresh()
 
     def refresh(self) -> None:
-        """Read addresses and policies again."""
+        """Read addresses and policies again.
+
+        Raises:
+            UserError: the model has been changed into one that the step can't run, or that the cache isn't for.
+        """
+        reason = uncovered(self.model)
+        if reason is None and self.model.dtype != self.cache.layers[0].dtype:
+            reason = f"its weights were {self.cache.layers[0].dtype} and are {self.model.dtype}"
+        if reason is not None:
+            raise UserError(f"the model was changed since this decoder was made ({reason}); make another")
         self.plan = Plan(self.model, self.cache)
 
     def step(self, token_ids: Tensor, starts: Tensor, slot: int) -> Tensor:
         """Logits [B, V] after tokens [B] that go to a slot; the next step overwrites them."""
-        token_ids = token_ids.contiguous()
+        token_ids = token_ids.cpu().contiguous()
         low, high = token_ids.aminmax()
         if token_ids.dtype is not torch.int64 or low < 0 or high >= self.logits.shape[1]:
             raise UserError(

@@ -28,7 +28,8 @@ def uncovered(model: Any) -> str | None:
     for name, tensor in (*model.named_parameters(), *model.named_buffers()):
         if tensor.device.type != "cpu" or type(tensor) not in (nn.Parameter, Tensor):
             return f"{name} is no ordinary tensor in CPU memory"
-        if tensor.dtype not in (dtype, torch.int8) and not name.endswith("scales"):
+        wanted = (torch.float32,) if name.endswith("scales") else (dtype, torch.int8)
+        if tensor.dtype not in wanted:
             return f"{name} is {tensor.dtype}, other weights are {dtype}"
         if not tensor.is_contiguous():
             return f"{name} is not contiguous"
@@ -111,7 +112,8 @@ class Plan:
     def _address(self, tensor: Tensor | None) -> int | None:
         if tensor is None:
             return None
-        self.alive.append(tensor)
+        # an alias holds the storage: of a parameter another may be put into its place, as `Module.to` does
+        self.alive.append(tensor.detach())
         return tensor.data_ptr()
 
     def _matrix(self, weight: Tensor, scales: Tensor | None = None) -> decoder.Matrix:

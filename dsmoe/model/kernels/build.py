@@ -37,6 +37,16 @@ def load_library(source: Path, use: Callable[[ctypes.CDLL], Any]) -> None:
     Raises:
         KernelUnavailable: says what is missing or went wrong.
     """
+    try:
+        _load(source, use)
+    except (
+        OSError,
+        RuntimeError,
+    ) as error:  # a full disk, no folder for temporary files, no home folder, ...
+        raise KernelUnavailable(f"the library can't be made: {error}") from error
+
+
+def _load(source: Path, use: Callable[[ctypes.CDLL], Any]) -> None:
     cached = cache_path(source)
     # no such file, a library of another machine, a damaged one: all are cured by compiling
     with contextlib.suppress(OSError, AttributeError, KernelUnavailable):
@@ -71,11 +81,23 @@ def cache_path(source: Path) -> Path:
         _processor(),
     )
     name = hashlib.sha256(repr(key).encode()).hexdigest()[:16]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path("~/.cache").expanduser())
-    folder = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cache / "torch_extensions") / "dsmoe"
+    folder = _extensions() / "dsmoe"
     with contextlib.suppress(OSError):
         folder.mkdir(parents=True, exist_ok=True)
     return folder / f"{source.stem}-{name}.so"
+
+
+def _extensions() -> Path:
+    """torch's folder of compiled extensions.
+
+    Raises:
+        RuntimeError: neither variable is set, and the user has no home.
+    """
+    if given := os.environ.get("TORCH_EXTENSIONS_DIR"):
+        return Path(given)
+    if given := os.environ.get("XDG_CACHE_HOME"):
+        return Path(given) / "torch_extensions"
+    return Path("~/.cache/torch_extensions").expanduser()
 
 
 @functools.cache

@@ -74,6 +74,8 @@ def forward(
     if threads > 1:
         threads = min(threads, 1 + 3 * down_NFD.nbytes // _MIN_BYTES_PER_THREAD)
     assert (up_scales_NH is not None) == (up_NHD.dtype is torch.int8) == (down_scales_NF is not None)
+    for scales in (up_scales_NH, down_scales_NF):
+        assert scales is None or (scales.dtype is torch.float32 and scales.is_contiguous())
     _functions[x_TD.dtype, up_NHD.dtype](
         x_TD.data_ptr(),
         None if gates is None else gates.data_ptr(),
