@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,7 +13,7 @@ import torch
 from dsmoe.config.run import RunConfig, TrainSettings
 from dsmoe.errors import UserError
 from dsmoe.trainer.command import main
-from dsmoe.trainer.launch import count_micro_batches
+from dsmoe.trainer.launch import count_micro_batches, start_trackers
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -335,6 +336,27 @@ def test_accelerate_launch_with_too_few_processes(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(UserError, match="WORLD_SIZE asks for 2"):
         launch.check_processes(1, None)
+
+
+def test_runs_in_wandb_share_a_project_and_go_on_under_their_id(tmp_path, monkeypatch):
+    calls = []
+    accelerator = SimpleNamespace(
+        trackers=[], init_trackers=lambda project, **more: calls.append((project, more))
+    )
+    monkeypatch.delenv("WANDB_PROJECT", raising=False)
+    config = RunConfig(name="arm", train=TrainSettings(trackers=["wandb"], output_dir=str(tmp_path)))
+    for seed in (0, 0, 1):
+        start_trackers(config, seed, accelerator)
+    config.train.seeds = [0, 1]
+    start_trackers(config, 1, accelerator)
+    assert {project for project, _ in calls} == {"dsmoe"}
+    runs = [more["init_kwargs"]["wandb"] for _, more in calls]
+    assert runs[0] == runs[1] and runs[0]["id"] != runs[2]["id"] and runs[0]["resume"] == "allow"
+    assert [run["name"] for run in runs] == ["arm", "arm", "arm", "arm-seed-1"]
+    assert calls[0][1]["config"]["optim"]["learning_rate"] == config.optim.learning_rate
+    monkeypatch.setenv("WANDB_PROJECT", "mine")
+    start_trackers(config, 1, accelerator)
+    assert calls[-1][0] == "mine"
 
 
 def test_trackers(train):

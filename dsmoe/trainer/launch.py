@@ -1,7 +1,9 @@
 """Starting processes: the accelerator, and the guard against fewer processes than were asked for."""
 
+import hashlib
 import os
 from collections.abc import Sequence
+from dataclasses import asdict
 from datetime import timedelta
 from pathlib import Path
 
@@ -117,14 +119,24 @@ def count_micro_batches(train: TrainSettings, num_processes: int) -> int:
 
 
 def start_trackers(config: RunConfig, seed: int, accelerator: Accelerator) -> None:
-    """Trackers of a seed's run; of several seeds each has its own, since in one of theirs steps can't begin again."""
+    """Trackers of a seed's run; of several seeds each has its own, since in one of theirs steps can't begin again.
+
+    What accelerate calls a project is the name of a run to all but wandb, whose runs to compare share one
+    (WANDB_PROJECT, or "dsmoe") and go on under the same id where they are resumed.
+    """
     for tracker in accelerator.trackers:
         tracker.finish()
     accelerator.trackers.clear()  # accelerate would add to them
-    if config.train.trackers:
-        accelerator.init_trackers(
-            config.name if len(config.train.seeds) == 1 else f"{config.name}-seed-{seed}"
-        )
+    if not config.train.trackers:
+        return
+    name = config.name if len(config.train.seeds) == 1 else f"{config.name}-seed-{seed}"
+    if list(config.train.trackers) != ["wandb"]:
+        accelerator.init_trackers(name)
+        return
+    place = f"{Path(config.train.output_dir).resolve()} {seed}"
+    run = {"name": name, "id": hashlib.sha256(place.encode()).hexdigest()[:16], "resume": "allow"}
+    project = os.environ.get("WANDB_PROJECT", "dsmoe")
+    accelerator.init_trackers(project, config=asdict(config), init_kwargs={"wandb": run})
 
 
 def finish(accelerator: Accelerator) -> None:
