@@ -10,4 +10,4 @@ echo "== mypy"
 mypy
 echo "== pytest"
 # one thread a worker: the models are tiny, and two workers share two cores
-OMP_NUM_THREADS=1 python -m pytest -n "${DSMOE_TEST_WORKERS:-2}" "$@"
+OMP_NUM_THREADS=1 python -m pytest -rs -n "${DSMOE_TEST_WORKERS:-2}" "$@"
