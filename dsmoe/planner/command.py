@@ -175,16 +175,14 @@ def _plan(args: argparse.Namespace) -> Plan:
     return plan
 
 
-def _vocabulary(given: str | None, law: PlanningLaw) -> tuple[int, list[str]]:
-    """Embedding entries of the candidates, and what makes them doubtful."""
-    if given is None and law.vocab_size is None:
-        return LAW_VOCAB_SIZE, [
+def _vocabulary(given: str | None, law: PlanningLaw) -> tuple[int | None, list[str]]:
+    """Embedding entries of the candidates (None: `candidate_families` knows), and what makes them doubtful."""
+    if given is None:
+        unknown = (
             f"{law.name} does not say the vocabulary of its runs, so {LAW_VOCAB_SIZE:,} entries are counted; give theirs "
             "with --vocab-size"
-        ]
-    if given is None:
-        assert law.vocab_size is not None
-        return law.vocab_size, []
+        )
+        return None, [] if law.vocab_size else [unknown]
     size = parse_integer(given, "--vocab-size")
     if law.vocab_size in (None, size):
         return size, []

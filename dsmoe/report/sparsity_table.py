@@ -63,20 +63,6 @@ def tables(results: Row) -> str:
     ]
     if not any(row[-1] for row in shares):
         header, shares = header[:-1], [row[:-1] for row in shares]
-    names = list(dict.fromkeys((row["family"], row["score"]) for row in results["rows"]))
-    by_key = {(row["family"], row["score"], row["asked"]): row for row in results["rows"]}
-    everything = [
-        [f"{family}, {score}", *(_nats((by_key.get((family, score, share)) or {}).get("loss_increase"))
-                                 for share in results["shares"])]
-        for family, score in names
-    ]  # fmt: skip
-    bounds = [
-        [
-            f"{entry['bound']:g}",
-            *(cell for name in ("calibrated", "uniform_k") for cell in _bound_cells(entry[name])),
-        ]
-        for entry in results["bounds"]
-    ]
     calibrated, held_out = results["text"]["calibration"][0], results["text"]["held_out"]
     return "\n\n".join(
         (
@@ -86,24 +72,38 @@ def tables(results: Row) -> str:
             f"{len(results['calibrated'])} sample(s). Active: share of experts, weighted by their parameters, on the "
             "held-out text.",
             markdown_table(header, shares),
-            markdown_table(["all families", *(f"{share:.1%}" for share in results["shares"])], everything),
-            markdown_table(
-                [
-                    "bound",
-                    "calibrated: increase",
-                    "SE",
-                    "active",
-                    WITHIN,
-                    "uniform K: increase",
-                    "SE",
-                    "active",
-                    WITHIN,
-                ],
-                bounds,
-            ),
+            _families_table(results),
+            _bounds_table(results["bounds"]),
             _below_bound(results["bounds"]),
         )
     )
+
+
+def _families_table(results: Row) -> str:
+    """Every family and score at every share."""
+    by_key = {(row["family"], row["score"], row["asked"]): row for row in results["rows"]}
+    rows = [
+        [f"{family}, {score}", *(_nats((by_key.get((family, score, share)) or {}).get("loss_increase"))
+                                 for share in results["shares"])]
+        for family, score in dict.fromkeys((row["family"], row["score"]) for row in results["rows"])
+    ]  # fmt: skip
+    return markdown_table(["all families", *(f"{share:.1%}" for share in results["shares"])], rows)
+
+
+def _bounds_table(bounds: Sequence[Row]) -> str:
+    """Bounds on the loss, and what the models chosen under them measure."""
+    rows = [
+        [
+            f"{entry['bound']:g}",
+            *(cell for name in ("calibrated", "uniform_k") for cell in _bound_cells(entry[name])),
+        ]
+        for entry in bounds
+    ]
+    columns = ("increase", "SE", "active", WITHIN)
+    header = ["bound"]
+    for name in ("calibrated", "uniform K"):
+        header += [f"{name}: {columns[0]}", *columns[1:]]
+    return markdown_table(header, rows)
 
 
 def _below_bound(bounds: Sequence[Row]) -> str:

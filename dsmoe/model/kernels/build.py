@@ -39,10 +39,8 @@ def load_library(source: Path, use: Callable[[ctypes.CDLL], Any]) -> None:
     """
     try:
         _load(source, use)
-    except (
-        OSError,
-        RuntimeError,
-    ) as error:  # a full disk, no folder for temporary files, no home folder, ...
+    except (OSError, RuntimeError) as error:
+        # a full disk, no folder for temporary files, no home folder, ...
         raise KernelUnavailable(f"the library can't be made: {error}") from error
 
 
