@@ -31,6 +31,7 @@ DEFAULT = "per_layer_threshold"
 SCORES = ("gate", "gate_norm")
 COARSE = ("uniform_k", "per_layer_k")  # the shares of whole Ks lie far apart
 LEVEL_RATIO = 1.04  # of the mean counts of neighbouring levels
+MET = 0.01  # a share of active experts farther off than this is not what was asked for
 STEPS = 24  # of the bisection for a knob
 EXACT = 1e-4  # share of active experts at which it stops
 

@@ -9,14 +9,13 @@ from typing import Any
 from dsmoe.config.routing import Policy, policies_per_layer
 from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM, set_routing, use_routing
-from dsmoe.sparsify.families import rounded
+from dsmoe.sparsify.families import MET, rounded
 from dsmoe.sparsify.measure import LOWEST, ActiveExperts
 
 Measure = Callable[[], ActiveExperts]
 
 TRIES = 12  # thresholds that are measured for a share
 ENOUGH = 0.003  # as near to the share as the search goes
-MET = 0.01  # a share this far off is not what was asked for
 ROUNDS = 3  # of both parts, where each has a target: sparse attention shifts the routing of the MLP
 
 # policy -> what may be asked of it; the k of threshold_top_k is fixed on text, its threshold may be

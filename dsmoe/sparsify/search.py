@@ -12,12 +12,11 @@ from tqdm import tqdm
 from dsmoe.errors import UserError
 from dsmoe.sparsify.allocation import Allocation
 from dsmoe.sparsify.compare import Comparer, Comparison, Policies
-from dsmoe.sparsify.families import ALLOCATED, COARSE, check_family, global_policy, knob_for
+from dsmoe.sparsify.families import ALLOCATED, COARSE, MET, check_family, global_policy, knob_for
 from dsmoe.sparsify.sites import Site
 
 SCAN = 7
 TOLERANCE = 0.003  # of a share that is asked for
-CLOSE = 0.01  # a share this far off is not what was asked for
 RIVALS = ("uniform_k", "global_threshold")
 ROUNDS = 3  # of corrections
 
@@ -104,11 +103,11 @@ class Frontier:
                 f"and the checkpoint as it is has {most:.4g}"
             )
         self._correct(share, own)
-        ceiling = min(share + CLOSE, math.inf if at_most is None else at_most) + 1e-9
+        ceiling = min(share + MET, math.inf if at_most is None else at_most) + 1e-9
         families = [own, *(rival for rival in self._rivals if family is None and rival != own)]
         found = [self._hit(one, share, ceiling) for one in families]
         allowed = [one for one in found if one.share <= ceiling]
-        near = [one for one in allowed if one.share >= share - CLOSE]
+        near = [one for one in allowed if one.share >= share - MET]
         if not near and (own in COARSE or at_most is not None):
             near = allowed
         if not near:
@@ -144,7 +143,7 @@ class Frontier:
             best = self._bisect(own, bound, best.share)
         if family is None and best is not None:
             for rival in self._rivals:
-                found = self._hit(rival, best.share, best.share + CLOSE)
+                found = self._hit(rival, best.share, best.share + MET)
                 # as good with no more experts: its own sparsest model may be sparser still
                 if found.comparison.upper <= bound and found.share < best.share * 1.005:
                     self._bisect(rival, bound, found.share)
