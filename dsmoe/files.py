@@ -165,24 +165,34 @@ def new_folder(
     beside.mkdir()
     try:
         yield beside
-        # a file that is written after this one, and says that it is there, must not outlive it
-        for folder in (beside, *(found for found in beside.rglob("*") if found.is_dir())):
-            sync_folder(folder)
-        if path.exists():
-            old = _beside(path)
-            path.rename(old)
-            try:
-                beside.rename(path)
-            except BaseException:
-                old.rename(path)
-                raise
-            shutil.rmtree(old)
-        else:
-            beside.rename(path)
-        sync_names(path.parent)
+        publish_folder(beside, path)
     finally:
         if beside.exists():
             shutil.rmtree(beside)
+
+
+def publish_folder(folder: Path, path: Path) -> None:
+    """Give a finished folder its name, on the disk too; what stood there before goes when it does.
+
+    Args:
+        folder: the folder, on the file system of `path`.
+        path: where it is to stand (no link).
+    """
+    # a file that is written after this one, and says that it is there, must not outlive it
+    for inside in (folder, *(found for found in folder.rglob("*") if found.is_dir())):
+        sync_folder(inside)
+    if path.exists():
+        old = _beside(path)
+        path.rename(old)
+        try:
+            folder.rename(path)
+        except BaseException:
+            old.rename(path)
+            raise
+        shutil.rmtree(old)
+    else:
+        folder.rename(path)
+    sync_names(path.parent)
 
 
 def sync_folder(folder: Path) -> None:

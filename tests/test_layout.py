@@ -10,7 +10,7 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 ORDER = (
     {"errors"},
-    {"files", "environment", "allocator", "figures", "spread"},
+    {"files", "environment", "allocator", "figures", "lock", "spread"},
     *(
         {name}
         for name in [

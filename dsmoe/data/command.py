@@ -19,6 +19,10 @@ sources:
   A recipe (--config) holds the same settings; the command line overrides it, and --source
   replaces its sources.
 
+interruption:
+  Until everything is done, it is in DIR.partial. The same command goes on from there: it reads the source
+  at hand again, which its hashes check, and tokenizes nothing twice.
+
 examples:
   dsmoe data prepare --source books=books.jsonl.gz --train-tokenizer 8192 --output data/books
   dsmoe data prepare --source books=books.jsonl.gz --source wiki=wiki.parquet \\
@@ -91,6 +95,7 @@ def _add_prepare(commands) -> None:
     add = parser.add_argument
     add("--output", type=Path, required=True, metavar="DIR", help="folder to write")
     add("--overwrite", action="store_true", help="replace the folder if it is there")
+    add("--restart", action="store_true", help="discard what an interrupted run has left (see below)")
     add("--config", type=Path, metavar="FILE.yaml", help="recipe with the same settings")
     add("--source", action="append", metavar="[NAME=]PATH", help="documents (see below); repeat for more")
     add(
@@ -165,7 +170,7 @@ def _run_prepare(args: argparse.Namespace) -> None:
     from dsmoe.data.verify import table
 
     started = time.perf_counter()
-    corpus = prepare(recipe_from_args(args), args.output, overwrite=args.overwrite)
+    corpus = prepare(recipe_from_args(args), args.output, args.overwrite, args.restart)
     for source in corpus.meta["sources"]:
         dropped = (source["duplicates_dropped"], source["empty_dropped"])
         print("{}: {:,} duplicate and {:,} empty documents dropped".format(source["name"], *dropped))

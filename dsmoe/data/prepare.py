@@ -1,20 +1,23 @@
 """From sources of documents to a folder of packed token shards.
 
-One reading of each source writes its tokens to a temporary file and keeps, for every document, a seeded
-64-bit hash of the text, its length in tokens and its length in bytes. Documents sorted by that hash are
-shuffled: the first ones are held out, the rest is trained on. So the order and the splits depend on the seed
-and the texts alone, the shuffle is over all documents however they were read, and memory holds no tokens.
+One reading of each source writes its tokens to a temporary file and a table of its documents: a seeded hash of the
+text, its length in tokens and its length in bytes. Documents sorted by that hash are shuffled: the first ones are held
+out, the rest is trained on. So the order and the splits depend on the seed and the texts alone, the shuffle is over all
+documents however they were read, and memory holds no tokens.
+
+An interrupted preparation goes on where it stopped (`dsmoe.data.unfinished`).
 """
 
 import importlib.metadata
-from array import array
-from collections.abc import Generator, Iterable
-from dataclasses import dataclass
+from collections.abc import Generator, Iterable, Iterator
+from contextlib import closing
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
+from transformers import PreTrainedTokenizerFast
 
 from dsmoe import files
 from dsmoe.data import tokenization
@@ -23,37 +26,21 @@ from dsmoe.data.documents import JSONL_SUFFIXES, PARQUET_SUFFIXES, TEXT_SUFFIXES
 from dsmoe.data.recipe import Recipe, Source, check_recipe
 from dsmoe.data.sampling import tokenizer_sample
 from dsmoe.data.shards import DTYPES, ShardWriter, dtype_for
+from dsmoe.data.unfinished import DocumentTable, Unfinished, unfinished
 from dsmoe.errors import UserError
 
 
-@dataclass
-class TokenizedSource:
-    """One source after its only reading.
-
-    Attributes:
-        path: temporary file of all tokens in reading order.
-        keys: seeded hash of each document, uint64 [D].
-        num_tokens: tokens of each, its eos included, int64 [D].
-        num_bytes: UTF-8 bytes of each, int64 [D].
-        duplicates: documents dropped because the same text came before.
-        empty: documents dropped because they are blank.
-    """
-
-    path: Path
-    keys: np.ndarray
-    num_tokens: np.ndarray
-    num_bytes: np.ndarray
-    duplicates: int
-    empty: int
-
-
-def prepare(recipe: Recipe, output: str | Path, overwrite: bool = False) -> TokenCorpus:
+def prepare(
+    recipe: Recipe, output: str | Path, overwrite: bool = False, restart: bool = False
+) -> TokenCorpus:
     """Tokenize, deduplicate, shuffle, split and pack every source.
 
     Args:
         recipe: the settings.
-        output: folder to write; it appears whole, or not at all.
+        output: folder to write; it appears whole, or not at all. Until then its files are in `output.partial`, which
+            stays where an error that isn't the user's interrupts much work; the next call goes on from there.
         overwrite: replace an existing folder.
+        restart: discard what an interrupted call has left.
 
     Returns:
         The corpus, opened.
@@ -62,18 +49,24 @@ def prepare(recipe: Recipe, output: str | Path, overwrite: bool = False) -> Toke
         UserError: anything wrong with the recipe or a source.
     """
     check_recipe(recipe)
-    with files.new_folder(output, overwrite=overwrite, inputs=_inputs(recipe)) as folder:
-        tokenizer = _tokenizer(recipe)
-        tokenization.save_tokenizer(tokenizer, folder / TOKENIZER)
+    files.check_new_folder(output, overwrite=overwrite, inputs=_inputs(recipe))
+    with unfinished(recipe, output, restart) as work:
+        tokenizer = _tokenizer(recipe, work)
         vocab_size = tokenization.vocabulary_size(tokenizer)
         dtype = dtype_for(vocab_size)
         encoder = tokenization.DocumentEncoder(tokenizer)
         seen: set[bytes] = set()
         sources = []
         for name, source in recipe.sources.items():
-            tokenized = _tokenize(name, source, recipe.seed, encoder, folder / f".{name}.tokens", dtype, seen)
-            sources.append(_pack(name, source, tokenized, recipe, folder, dtype))
-            tokenized.path.unlink()
+            part = work.packed(name)
+            if part is None:
+                with work.table(name, dtype) as table:
+                    dropped = _tokenize(name, source, recipe.seed, encoder, table, seen)
+                part = {**_pack(name, source, table, recipe, work.folder, dtype), **dropped}
+                work.set_packed(name, part)
+            else:
+                seen |= work.keys_of_packed(name)
+            sources.append(part)
         _set_weights(sources, recipe)
         meta = {
             "format_version": FORMAT_VERSION,
@@ -85,14 +78,14 @@ def prepare(recipe: Recipe, output: str | Path, overwrite: bool = False) -> Toke
             "test_fraction": recipe.test_fraction,
             "tokenizer": {
                 "origin": _tokenizer_origin(recipe),
-                "sha256": files.sha256(_tokenizer_json(folder)),
+                "sha256": files.sha256(work.folder / TOKENIZER / "tokenizer.json"),
             },
             "sources": sources,
             "versions": {
                 name: importlib.metadata.version(name) for name in ("dsmoe", "tokenizers", "transformers")
             },
         }
-        files.write_json(folder / META, meta)
+        files.write_json(work.folder / META, meta)
     return TokenCorpus(output)
 
 
@@ -109,15 +102,28 @@ def _inputs(recipe: Recipe) -> list[Path]:
     return sources + inside + ([] if recipe.tokenizer is None else [Path(recipe.tokenizer)])
 
 
-def _tokenizer(recipe: Recipe):
-    if recipe.tokenizer is not None:
-        return tokenization.load_tokenizer(recipe.tokenizer, recipe.eos_token)
-    assert recipe.train_tokenizer is not None
+def _tokenizer(recipe: Recipe, work: Unfinished) -> PreTrainedTokenizerFast:
+    """The tokenizer that the corpus holds, which an interrupted run may have saved."""
+    folder = work.folder / TOKENIZER
+    if not work.is_started:
+        tokenizer = (
+            _trained_tokenizer(recipe, recipe.train_tokenizer)
+            if recipe.train_tokenizer is not None
+            else tokenization.load_tokenizer(str(recipe.tokenizer), recipe.eos_token)
+        )
+        tokenization.save_tokenizer(tokenizer, folder)
+        files.sync_folder(folder)
+        work.set_settings(recipe)
+    # as saved also the first time, so that both times all that follows is the same
+    return tokenization.load_tokenizer(str(folder))
+
+
+def _trained_tokenizer(recipe: Recipe, vocab_size: int) -> PreTrainedTokenizerFast:
     sample = tokenizer_sample(recipe)
-    print(f"training a tokenizer of {recipe.train_tokenizer:,} entries on {len(sample):,} documents")
-    tokenizer = tokenization.train_tokenizer(sample, recipe.train_tokenizer, recipe.model_max_length)
+    print(f"training a tokenizer of {vocab_size:,} entries on {len(sample):,} documents")
+    tokenizer = tokenization.train_tokenizer(sample, vocab_size, recipe.model_max_length)
     found = tokenization.vocabulary_size(tokenizer)
-    if found < recipe.train_tokenizer:
+    if found < vocab_size:
         print(f"note: the text has too few distinct words for that; the vocabulary has {found:,} entries")
     return tokenizer
 
@@ -128,50 +134,50 @@ def _tokenizer_origin(recipe: Recipe) -> str:
     return Path(recipe.tokenizer).resolve().name if Path(recipe.tokenizer).exists() else recipe.tokenizer
 
 
-def _tokenizer_json(folder: Path) -> Path:
-    return folder / TOKENIZER / "tokenizer.json"
-
-
 def _tokenize(
     name: str,
     source: Source,
     seed: int,
     encoder: tokenization.DocumentEncoder,
-    path: Path,
-    dtype: str,
+    table: DocumentTable,
     seen: set[bytes],
-) -> TokenizedSource:
-    """Read a source once: write its tokens to `path`, and return the table of its documents."""
-    keys, lengths, sizes = array("Q"), array("q"), array("q")
-    dropped = {"duplicate": 0, "empty": 0}
-    total = 0
+) -> dict[str, int]:
+    """Read a source and put what `table` lacks of it there; returns how many documents were dropped."""
+    dropped = {"duplicates_dropped": 0, "empty_dropped": 0}
     fresh = _fresh(source.read(seed), seed, seen, dropped)
-    with path.open("wb") as handle, tqdm(desc=f"tokenizing {name}", unit=" tokens", unit_scale=True) as bar:
+    with tqdm(desc=f"tokenizing {name}", unit=" tokens", unit_scale=True) as bar:
+        _pass_over(fresh, seed, table, source)
+        bar.update(table.total_tokens)
         for batch in tokenization.batched_by_size(fresh, 1 << 20):
             for place, (text, tokens) in enumerate(zip(batch, encoder.encode_batch(batch))):
-                if source.max_tokens is not None and total + len(tokens) > source.max_tokens:
+                if source.max_tokens is not None and table.total_tokens + len(tokens) > source.max_tokens:
                     # the rest of the batch was read and is not used: another source may still bring it
                     seen.difference_update(document_key(unused, seed) for unused in batch[place:])
                     fresh.close()
                     break
-                handle.write(tokens.astype(DTYPES[dtype]).tobytes())
-                total += len(tokens)
-                keys.append(int.from_bytes(document_key(text, seed)[:8], "big"))
-                lengths.append(len(tokens))
-                sizes.append(len(text.encode("utf-8")))
+                table.add(document_key(text, seed), tokens, len(text.encode("utf-8")))
                 bar.update(len(tokens))
-    if not keys:
+    table.commit()
+    if not len(table):
         why = f" within max_tokens {source.max_tokens}" if source.max_tokens is not None else ""
         raise UserError(
             f"{source.path}: source {name!r} has no document{why}, leaving out duplicates and blank ones"
         )
-    return TokenizedSource(
-        path=path,
-        keys=np.frombuffer(keys, dtype=np.uint64),
-        num_tokens=np.frombuffer(lengths, dtype=np.int64),
-        num_bytes=np.frombuffer(sizes, dtype=np.int64),
-        duplicates=dropped["duplicate"],
-        empty=dropped["empty"],
+    return dropped
+
+
+def _pass_over(texts: Iterator[str], seed: int, table: DocumentTable, source: Source) -> None:
+    """Read the documents that an interrupted run has tokenized, and check that they are still the same."""
+    number = 0
+    for number, text in enumerate(islice(texts, len(table)), 1):
+        if document_key(text, seed) != table.key(number - 1):
+            break
+    else:
+        if number == len(table):
+            return
+    raise UserError(
+        f"{source.path}: document {number:,} is another than when an interrupted run read it; pass --restart to "
+        "tokenize everything again"
     )
 
 
@@ -182,41 +188,36 @@ def _fresh(
     for text in texts:
         key = document_key(text, seed)
         if not text.strip():
-            dropped["empty"] += 1
+            dropped["empty_dropped"] += 1
         elif key in seen:
-            dropped["duplicate"] += 1
+            dropped["duplicates_dropped"] += 1
         else:
             seen.add(key)
             yield text
 
 
 def _pack(
-    name: str, source: Source, tokenized: TokenizedSource, recipe: Recipe, folder: Path, dtype: str
+    name: str, source: Source, table: DocumentTable, recipe: Recipe, folder: Path, dtype: str
 ) -> dict[str, Any]:
     """Write the shards of every split of a source; returns its part of meta.json."""
-    starts = np.concatenate([[0], np.cumsum(tokenized.num_tokens)])
-    tokens = np.memmap(tokenized.path, dtype=DTYPES[dtype], mode="r")
+    starts = np.concatenate([[0], np.cumsum(table.num_tokens)])
+    num_bytes = table.num_bytes
+    tokens = np.memmap(table.tokens_path, dtype=DTYPES[dtype], mode="r")
     splits = {}
-    for split, documents in _split(name, tokenized.keys, recipe).items():
-        writer = ShardWriter(folder, f"{name}-{split}", dtype, recipe.shard_tokens)
-        for document in tqdm(documents, desc=f"packing {name} {split}", unit=" documents", leave=False):
-            writer.write(tokens[starts[document] : starts[document + 1]])
-        writer.close()
+    for split, documents in _split(name, table.keys, recipe).items():
+        with closing(ShardWriter(folder, f"{name}-{split}", dtype, recipe.shard_tokens)) as writer:
+            for document in tqdm(documents, desc=f"packing {name} {split}", unit=" documents", leave=False):
+                writer.write(tokens[starts[document] : starts[document + 1]])
         splits[split] = {
             "shards": writer.shards,
             "num_tokens": writer.num_tokens,
             "num_documents": len(documents),
-            "num_bytes": int(tokenized.num_bytes[documents].sum()),
+            "num_bytes": int(num_bytes[documents].sum()),
         }
     part: dict[str, Any] = {"name": name, "weight": source.weight, "origin": source.origin}
     if not source.is_hub and Path(source.path).is_file():
         part["origin_sha256"] = files.sha256(source.path)
-    return {
-        **part,
-        "duplicates_dropped": tokenized.duplicates,
-        "empty_dropped": tokenized.empty,
-        "splits": splits,
-    }
+    return {**part, "splits": splits}
 
 
 def _split(name: str, keys: np.ndarray, recipe: Recipe) -> dict[str, np.ndarray]:

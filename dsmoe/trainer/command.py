@@ -20,9 +20,9 @@ from dsmoe.config.run import RunConfig
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.errors import UserError, run_reporting_errors
 from dsmoe.files import load_yaml, read_json, write_json, write_text
+from dsmoe.lock import FolderLock
 from dsmoe.trainer.differences import changed, with_defaults
 from dsmoe.trainer.launch import finish, start, start_trackers
-from dsmoe.trainer.lock import RunLock
 from dsmoe.trainer.loop import TrainingRun
 from dsmoe.trainer.outcome import measured_by
 from dsmoe.trainer.seeds import check_comparable, compare, summarise
@@ -165,7 +165,7 @@ def _take_over(root: Path, held: ExitStack) -> None:
     """Lock the folder of the run until `held` ends, and delete what a killed process has left half-written."""
     if not root.exists():
         held.callback(_leave_no_empty_folder, root)
-    held.enter_context(RunLock(root))
+    held.enter_context(FolderLock(root, "name another --train.output_dir"))
     folders = [root, *sorted(root.glob("seed-*"))]
     clean_leftovers([*folders, *(folder / "checkpoints" for folder in folders)])
 

@@ -1,4 +1,4 @@
-"""A lock against two runs in one folder: `run.lock`, with the process that holds it.
+"""A lock against two commands that write in one folder: `run.lock`, with the process that holds it.
 
 The kernel's lock on the file (flock) decides where the file system has it: it ends with its process. Elsewhere the file
 itself decides, and a holder that is gone is known by its process id or, on another machine, by a file that nobody renews.
@@ -27,22 +27,24 @@ RENEW_SECONDS = 10.0
 PATIENCE_SECONDS = 35.0
 
 
-class RunLock:
+class FolderLock:
     """Context manager that holds a folder's lock.
 
     Args:
-        folder: of the run; made if need be.
+        folder: made if need be.
+        otherwise: what to do instead of waiting, for the error, such as "name another --output".
 
     Raises:
         UserError: another process that is alive holds it.
     """
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, otherwise: str) -> None:
         self.path = folder / LOCK
+        self.otherwise = otherwise
         self._file = -1
         self._released = threading.Event()
 
-    def __enter__(self) -> "RunLock":
+    def __enter__(self) -> "FolderLock":
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
         except OSError as error:
@@ -126,8 +128,8 @@ class RunLock:
 
     def _refusal(self, holder: dict[str, Any]) -> UserError:
         return UserError(
-            f"{self.path.parent}: another run is writing there ({_name(holder)}); wait for it, stop it, or name another "
-            "--train.output_dir"
+            f"{self.path.parent}: another run is writing there ({_name(holder)}); wait for it, stop it, or "
+            f"{self.otherwise}"
         )
 
     def _holder(self) -> dict[str, Any]:
