@@ -11,7 +11,7 @@ from dsmoe.data.documents import document_key
 from dsmoe.data.shards import ShardWriter
 from dsmoe.lock import FolderLock
 
-WORDS = "the cat dog bird sat on over a mat tree house end.".split()
+WORDS = ["the", "cat", "dog", "bird", "sat", "on", "over", "a", "mat", "tree", "house", "end."]
 
 
 class Killed(BaseException):
@@ -29,7 +29,14 @@ def write(path, texts):
 
 
 def prepare(folder, *options, output="corpus"):
-    sources = ["--source", f"{folder}/big.jsonl", "--source", f"{folder}/small.jsonl", "--train-tokenizer", "300"]
+    sources = [
+        "--source",
+        f"{folder}/big.jsonl",
+        "--source",
+        f"{folder}/small.jsonl",
+        "--train-tokenizer",
+        "300",
+    ]
     words = ["data", "prepare", *sources, "--validation-fraction", "0.1", *options]
     return cli.main([*words, "--output", str(folder / output)])
 

@@ -73,7 +73,8 @@ def test_the_second_is_refused_and_the_dead_is_followed(tmp_path, hold, flock, m
         monkeypatch.setattr(lock, "fcntl", None)
     process = hold(flock)
     with pytest.raises(
-        UserError, match=f"another run is writing there .*process {process.pid} on .*, or name another --output$"
+        UserError,
+        match=f"another run is writing there .*process {process.pid} on .*, or name another --output$",
     ) as caught:
         lock_of(tmp_path).__enter__()
     assert str(tmp_path) in str(caught.value) and "\n" not in str(caught.value)

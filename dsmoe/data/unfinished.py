@@ -165,9 +165,7 @@ class Unfinished:
 
     def is_worth_keeping(self, error: BaseException) -> bool:
         """Whether the folder outlives an error: any other than the user's, or one that would cost much work."""
-        return self.is_started and (
-            not isinstance(error, UserError) or self._committed_bytes >= COMMIT_BYTES
-        )
+        return self.is_started and (not isinstance(error, UserError) or self._committed_bytes >= COMMIT_BYTES)
 
     def forget(self) -> None:
         """Remove what only an interrupted run needs."""
@@ -199,7 +197,10 @@ def unfinished(recipe: Recipe, output: str | Path, restart: bool = False) -> Ite
             yield work
         except BaseException as error:
             if work.is_worth_keeping(error):
-                print(f"{work.folder}: keeps what was done; the same command goes on from there", file=sys.stderr)
+                print(
+                    f"{work.folder}: keeps what was done; the same command goes on from there",
+                    file=sys.stderr,
+                )
             else:
                 shutil.rmtree(work.folder)
             raise
