@@ -124,6 +124,17 @@ def test_threshold_top_k_fixes_k_as_the_rounded_mean(folders, tmp_path):
     assert [policy["k"] for policy in policies] == [max(1, round(mean)) for mean in means]
 
 
+@pytest.mark.parametrize("target", [0.2, 0.3, 0.45, 0.8])
+def test_roundings_of_k_make_up_for_each_other(folders, tmp_path, target):
+    text = ["--text", str(folders / "text.jsonl"), "--sequence-length", "32"]
+    words = ["--policy", "threshold_top_k", "--target-active", str(target), *text]
+    status, output = sparsify(folders, tmp_path, *words)
+    assert status == 0
+    config = json.loads((output / "config.json").read_text())
+    layers, experts = config["num_hidden_layers"], config["num_experts"]
+    assert sum(policy["k"] for policy in config["mlp_routing"]) == round(target * experts * layers)
+
+
 @pytest.mark.parametrize("target", [0.2, 0.4, 0.8])
 def test_target_active_is_met(folders, tmp_path, target):
     text = ["--text", str(folders / "text.jsonl"), "--sequence-length", "32"]

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from dsmoe.config.routing import Policy, policies_per_layer
+from dsmoe.data.loader import largest_remainder
 from dsmoe.errors import UserError
 from dsmoe.model import DSMoEForCausalLM, set_routing, use_routing
 from dsmoe.sparsify.families import MET, rounded
@@ -132,7 +133,9 @@ def resolve(
         policies.append(policy)
     policies = policies_per_layer(policies, layers, num_experts, f"{part} policy")
     if request.name == "threshold_top_k":
-        _fix_k(model, part, policies, _needed(measure, "policy threshold_top_k"))
+        target = request.target_active
+        total = None if target is None else round(target * num_experts * layers)
+        _fix_k(model, part, policies, _needed(measure, "policy threshold_top_k"), total)
     return policies
 
 
@@ -152,13 +155,26 @@ def _needed(measure: Measure | None, what: str) -> Measure:
     return measure
 
 
-def _fix_k(model: DSMoEForCausalLM, part: str, policies: list[Policy], measure: Measure) -> None:
-    """K of a layer is the rounded mean count of the threshold rule over calibration text (never a batch's own)."""
+def _fix_k(
+    model: DSMoEForCausalLM, part: str, policies: list[Policy], measure: Measure, total: int | None
+) -> None:
+    """K of a layer is the rounded mean count of the threshold rule over calibration text (never a batch's own).
+
+    Args:
+        model: as in `resolve`.
+        part: as in `resolve`.
+        policies: of the layers; each is given its k.
+        measure: as in `resolve`.
+        total: sum of the layers' K, in which roundings make up for each other; None: each layer's is rounded by itself.
+    """
     plain = [{"policy": "threshold", "threshold": policy["threshold"]} for policy in policies]
     with _policies(model, part, plain):
         means = measure().mean(part)
-    for policy, mean in zip(policies, means):
-        policy["k"] = max(1, round(mean))
+    counts = map(round, means) if total is None else largest_remainder(means, total)
+    for policy, count in zip(policies, counts):
+        policy["k"] = min(
+            max(1, count), model.config.num_experts if part == "mlp" else model.config.num_attention_experts
+        )
 
 
 def _threshold_for(
