@@ -96,6 +96,15 @@ def test_every_document_is_in_one_split(prepared):
 
 
 def test_meta_describes_the_shards(prepared):
+    meta = json.loads((prepared[0] / "corpus" / "meta.json").read_text())
+    # the fingerprint is of the bytes: another order would be another corpus to every run and record
+    assert list(meta) == [
+        "format_version", "dtype", "vocab_size", "eos_token_id", "seed", "validation_fraction", "test_fraction",
+        "tokenizer", "sources", "versions",
+    ]  # fmt: skip
+    assert list(meta["sources"][0]) == [
+        "name", "weight", "origin", "origin_sha256", "duplicates_dropped", "empty_dropped", "splits",
+    ]  # fmt: skip
     folder, _, _ = prepared
     corpus = TokenCorpus(folder / "corpus")
     assert corpus.meta["dtype"] == "uint16"

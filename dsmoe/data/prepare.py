@@ -62,7 +62,7 @@ def prepare(
             if part is None:
                 with work.table(name, dtype) as table:
                     dropped = _tokenize(name, source, recipe.seed, encoder, table, seen)
-                part = {**_pack(name, source, table, recipe, work.folder, dtype), **dropped}
+                part = _pack(name, source, table, dropped, recipe, work.folder, dtype)
                 work.set_packed(name, part)
             else:
                 seen |= work.keys_of_packed(name)
@@ -197,7 +197,13 @@ def _fresh(
 
 
 def _pack(
-    name: str, source: Source, table: DocumentTable, recipe: Recipe, folder: Path, dtype: str
+    name: str,
+    source: Source,
+    table: DocumentTable,
+    dropped: dict[str, int],
+    recipe: Recipe,
+    folder: Path,
+    dtype: str,
 ) -> dict[str, Any]:
     """Write the shards of every split of a source; returns its part of meta.json."""
     starts = np.concatenate([[0], np.cumsum(table.num_tokens)])
@@ -217,7 +223,8 @@ def _pack(
     part: dict[str, Any] = {"name": name, "weight": source.weight, "origin": source.origin}
     if not source.is_hub and Path(source.path).is_file():
         part["origin_sha256"] = files.sha256(source.path)
-    return {**part, "splits": splits}
+    # in this order: the corpus' fingerprint is of the bytes
+    return {**part, **dropped, "splits": splits}
 
 
 def _split(name: str, keys: np.ndarray, recipe: Recipe) -> dict[str, np.ndarray]:
