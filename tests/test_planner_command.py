@@ -260,7 +260,7 @@ def test_every_written_config_passes_the_trainers_own_checks(num_experts, share)
             write_config(found, 1, path)
             run, _, _ = parse(["--config", str(path), "--data.path", "somewhere"])
         config = run.model_config()
-        make_controller(run.mask_phase, config)
+        make_controller(run.mask_phase, config, run.total_steps)
         if kind == "dsmoe":
             wanted = max(share, 1 / num_experts)
             assert run.mask_phase.target_active == pytest.approx(wanted, abs=5.1e-5)

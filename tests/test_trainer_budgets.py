@@ -32,7 +32,7 @@ PHASE = {
 
 
 def budgets(*targets, **changed):
-    return BudgetController(MaskPhaseSettings(fraction=1.0, targets=list(targets), **changed))
+    return BudgetController(MaskPhaseSettings(fraction=1.0, targets=list(targets), **changed), 3000)
 
 
 def phase_lines(run):
@@ -55,7 +55,7 @@ def test_every_threshold_reaches_its_target(targets):
     controller = budgets(*targets, gain=0.1)
     for step in range(400 * len(targets)):
         before = dict(controller.thresholds)
-        drawn = controller.target(step)
+        drawn = controller.target_at(step)
         policy = controller.routing(step, 100)["mlp"]
         assert policy == {"policy": "threshold", "threshold": before[drawn]}
         controller.update(min(1.0, max(0.0, 1 - policy["threshold"] / 2)), step)
@@ -68,22 +68,22 @@ def test_every_threshold_reaches_its_target(targets):
 
 def test_one_step_by_hand():
     controller = budgets(0.5, 0.75, gain=0.1)
-    drawn = controller.target(7)
+    drawn = controller.target_at(7)
     controller.update(0.9 * drawn, 7)
     assert controller.thresholds[drawn] == pytest.approx(0.5 * math.exp(2 * 0.1 * -0.1))
 
 
 def test_draws_follow_from_the_step_and_are_even():
     controller = budgets(*TARGETS)
-    drawn = [controller.target(step) for step in range(3000)]
-    assert drawn == [budgets(*TARGETS).target(step) for step in range(3000)]
+    drawn = [controller.target_at(step) for step in range(3000)]
+    assert drawn == [budgets(*TARGETS).target_at(step) for step in range(3000)]
     assert all(900 < drawn.count(target) < 1100 for target in TARGETS)
 
 
 def test_all_experts_is_the_dense_mode_and_stays():
     controller = budgets(0.25, 1.0, target_active=0.9)
     assert controller.policy(8) == {"policy": "dense"} and controller.thresholds == {0.25: 0.5, 1.0: 0.0}
-    step = next(step for step in range(99) if controller.target(step) == 1.0)
+    step = next(step for step in range(99) if controller.target_at(step) == 1.0)
     assert controller.routing(step, 8) == {"mlp": {"policy": "dense"}}
     controller.update(0.1, step)
     assert controller.thresholds == {0.25: 0.5, 1.0: 0.0} and controller.steps == 1
@@ -142,9 +142,9 @@ def test_targets_that_cannot_be(tiny_config):
     with pytest.raises(UserError, match="give one of them"):
         MaskPhaseSettings(targets=[0.5], policies=["somewhere"]).check()
     with pytest.raises(UserError, match=r"0\.2 is below 1 / num_experts = 0\.25"):
-        make_controller(MaskPhaseSettings(targets=[0.5, 0.2]), tiny_config())
+        make_controller(MaskPhaseSettings(targets=[0.5, 0.2]), tiny_config(), 8)
     dense = tiny_config(kind="dense", num_experts=1)
-    assert isinstance(make_controller(MaskPhaseSettings(targets=[0.25, 0.2]), dense), BudgetController)
+    assert isinstance(make_controller(MaskPhaseSettings(targets=[0.25, 0.2]), dense, 8), BudgetController)
 
 
 def test_a_run_learns_several_budgets(train):

@@ -158,17 +158,17 @@ def test_mask_phase(train):
 def test_threshold_controller_reaches_its_target():
     """On experts whose N * p is spread evenly between 0 and 2."""
     for target in (0.1, 0.33, 0.9):
-        controller = ThresholdController(MaskPhaseSettings(fraction=1.0, target_active=target, gain=0.1))
+        controller = ThresholdController(MaskPhaseSettings(fraction=1.0, target_active=target, gain=0.1), 8)
         for _ in range(300):
-            controller.update(min(1.0, max(0.0, 1 - controller.threshold / 2)))
+            controller.update(min(1.0, max(0.0, 1 - controller.threshold / 2)), 0)
         assert 1 - controller.threshold / 2 == pytest.approx(target, abs=0.01)
     assert controller.steps == 300
     controller.threshold = 99.0
     assert controller.policy(4) == {"policy": "threshold", "threshold": 4.0}
-    assert [ThresholdController(MaskPhaseSettings(fraction=0.25)).active_at(step, 8) for step in (5, 6, 7)] == [
+    assert [ThresholdController(MaskPhaseSettings(fraction=0.25), 8).active_at(step) for step in (5, 6, 7)] == [
         False, True, True,
     ]  # fmt: skip
-    assert not ThresholdController(MaskPhaseSettings(fraction=0.0)).active_at(7, 8)
+    assert not ThresholdController(MaskPhaseSettings(fraction=0.0), 8).active_at(7)
 
 
 def test_seeds_and_comparison(train, capsys):

@@ -179,22 +179,22 @@ def test_policies_are_drawn_by_the_number_of_the_step(dense_run, tiny_config):
     settings = MaskPhaseSettings(fraction=1.0, policies=[str(first), str(second)])
     ks = [
         [cycle.routing(step, 4)["mlp"][0]["k"] for step in range(40)]
-        for cycle in (make_controller(settings, config), make_controller(settings, config))
+        for cycle in (make_controller(settings, config, 8), make_controller(settings, config, 8))
     ]
     assert ks[0] == ks[1] and set(ks[0]) == {1, 2}
     with pytest.raises(UserError, match="num_hidden_layers"):
-        make_controller(settings, tiny_config(num_hidden_layers=config.num_hidden_layers + 1))
+        make_controller(settings, tiny_config(num_hidden_layers=config.num_hidden_layers + 1), 8)
     with pytest.raises(UserError, match="no MLP experts"):
-        make_controller(settings, tiny_config(kind="dense", num_experts=1, num_attention_experts=1))
+        make_controller(settings, tiny_config(kind="dense", num_experts=1, num_attention_experts=1), 8)
     for folder, message in {
         "nowhere": r"mask_phase\.policies: nowhere: no model folder \(config\.json is missing\); name folders of",
         str(broken(first, "[")): "not a JSON file",
         str(broken(first, json.dumps({"model_type": "dsmoe", "num_experts": "four"}))): r"config\.json: ",
     }.items():
         with pytest.raises(UserError, match=message):
-            make_controller(MaskPhaseSettings(fraction=1.0, policies=[folder]), config)
+            make_controller(MaskPhaseSettings(fraction=1.0, policies=[folder]), config, 8)
     # the folder of a run holds a config.json of its own, which says nothing of a model
-    of_run = make_controller(MaskPhaseSettings(fraction=1.0, policies=[str(dense_run.folder)]), config)
+    of_run = make_controller(MaskPhaseSettings(fraction=1.0, policies=[str(dense_run.folder)]), config, 8)
     assert of_run.policy(4) == DSMoEConfig.from_pretrained(dense_run.folder / "final").mlp_routing
 
 

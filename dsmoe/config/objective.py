@@ -88,6 +88,9 @@ class MaskPhaseSettings:
             for each step, so that one model learns several budgets. Each has its own threshold, which starts where
             the first batch of the phase has that share, and its own loop. Sparse validation runs with the threshold of
             the target nearest to `target_active`.
+        anneal: share of the phase's steps over which the wanted share falls from all experts to `target_active`, fast at
+            first and ever slower: target + (1 - target) * (1 - x)^3 at the part x of that way (Zhu and Gupta 2017, arXiv
+            1710.01878, eq. 1, on which weights are pruned); 0: it is `target_active` from the start.
         gain: relative change of the threshold per step and unit of relative error; with several targets that times
             their number, since each is drawn that much less often.
         policies: instead of a steered threshold, the routing policies of these sparse checkpoints (folders of
@@ -100,6 +103,7 @@ class MaskPhaseSettings:
     fraction: float = 0.0
     target_active: float = 0.33
     targets: list[float] = field(default_factory=list)
+    anneal: float = 0.0
     gain: float = 0.1
     policies: list[str] = field(default_factory=list)
     dense_stage: str = ""
@@ -122,7 +126,15 @@ class MaskPhaseSettings:
             raise UserError(
                 "mask_phase.targets and mask_phase.policies are two ways to train several budgets; give one of them"
             )
-        for name in ("targets", "policies"):
+        if not 0 <= self.anneal <= 1:
+            raise UserError(
+                f"mask_phase.anneal is {self.anneal}; it must be a share of the phase, from 0 to 1"
+            )
+        if self.anneal and (self.targets or self.policies):
+            raise UserError(
+                f"mask_phase.anneal is {self.anneal}, and only one target_active can fall; leave out targets and policies"
+            )
+        for name in ("targets", "policies", "anneal"):
             if getattr(self, name) and not self.fraction:
                 raise UserError(
                     f"mask_phase.{name} is {getattr(self, name)} and mask_phase.fraction 0, so there is no phase to have "

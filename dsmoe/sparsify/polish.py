@@ -135,7 +135,7 @@ def _learning_rate(args: argparse.Namespace, config: RunConfig) -> float:
 def _check_models(args: argparse.Namespace, config: RunConfig) -> None:
     """Refuse policies that the run's model can't have, before it is trained."""
     model = DSMoEConfig.from_pretrained(model_folder(args.trained))
-    make_controller(config.mask_phase, model)
+    make_controller(config.mask_phase, model, config.total_steps)
     if args.teacher:
         model_folder(args.teacher)
 

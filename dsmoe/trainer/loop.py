@@ -74,7 +74,7 @@ class TrainingRun:
         if config.router_loss.mi_statistics == "running":
             running = RunningMean(config.router_loss.mi_running_decay)
         self.state = LoopState(
-            make_controller(config.mask_phase, self.raw_model.config), Guard(config.guard), running,
+            make_controller(config.mask_phase, self.raw_model.config, config.total_steps), Guard(config.guard), running,
             make_mi_controller(config.router_loss, self.raw_model.config),
         )  # fmt: skip
         self.controller, self.mi_control = self.state.controller, self.state.mi_control
@@ -129,7 +129,7 @@ class TrainingRun:
         config, total = self.config, self.config.total_steps
         eval_every = max(1, config.train.eval_every_tokens // config.tokens_per_step)
         # a step of the mask phase would leave the compiler little to be wrong in
-        if self.step < total and self.parallel.holds_all and not self.controller.active_at(self.step, total):
+        if self.step < total and self.parallel.holds_all and not self.controller.active_at(self.step):
             self.compiled.check(self._batches()[0], self.accelerator)
         self._restart_clock()
         with tqdm(total=total, initial=self.step, disable=not self.accelerator.is_main_process, unit="step",
@@ -154,7 +154,7 @@ class TrainingRun:
             group["lr"] = config.optim.learning_rate * factor * group["lr_scale"]
         mi_factor = loss_coefficient_factor(self.step, total, config.router_loss)
         batches = self._batches()
-        if self.controller.active_at(self.step, total) and self.raw_model.config.num_experts > 1:
+        if self.controller.active_at(self.step) and self.raw_model.config.num_experts > 1:
             return self._masked_step(batches, mi_factor)
         result = self.stepper.step(batches, mi_factor)
         # without the loss nothing answers to the coefficient

@@ -28,18 +28,20 @@ class ThresholdController:
     """Closed loop: multiplies the threshold (on N * p) by exp(gain * relative error of the active share).
 
     Attributes:
-        settings: fraction, target and gain.
+        settings: fraction, target, annealing and gain.
+        total_steps: of the run, which annealing is measured by.
         threshold: the present one; of a fresh run, one that keeps the better than uniform half.
         steps: steps of the phase so far.
     """
 
     settings: MaskPhaseSettings
+    total_steps: int
     threshold: float = 0.5
     steps: int = 0
 
-    def active_at(self, step: int, total_steps: int) -> bool:
+    def active_at(self, step: int) -> bool:
         """Whether a step belongs to the phase."""
-        return step >= first_masked_step(self.settings.fraction, total_steps)
+        return step >= first_masked_step(self.settings.fraction, self.total_steps)
 
     def start(self, measure: Callable[[Sequence[float]], Sequence[float]]) -> None:
         """Called before every step of the phase, with what gives the thresholds of given shares on its batch."""
@@ -52,10 +54,18 @@ class ThresholdController:
         """The MLP policy that sparse validation runs with (one for all layers, or one per layer)."""
         return threshold_policy(self.threshold, num_experts)
 
-    def update(self, active_share: float, step: int = 0) -> None:
-        """Move the threshold after a good step (of this number) with this mean active share over layers."""
+    def target_at(self, step: int) -> float:
+        """The active share that a step of the phase is to have (`MaskPhaseSettings.anneal`)."""
         settings = self.settings
-        self.threshold *= steering_factor(active_share, settings.target_active, settings.gain)
+        if not settings.anneal:
+            return settings.target_active
+        first = first_masked_step(settings.fraction, self.total_steps)
+        left = max(0.0, 1 - (step - first) / (settings.anneal * (self.total_steps - first)))
+        return settings.target_active + (1 - settings.target_active) * left**3
+
+    def update(self, active_share: float, step: int) -> None:
+        """Move the threshold after a good step (of this number) with this mean active share over layers."""
+        self.threshold *= steering_factor(active_share, self.target_at(step), self.settings.gain)
         self.steps += 1
 
     @property
@@ -65,7 +75,8 @@ class ThresholdController:
 
     def shown(self, step: int) -> dict[str, Any]:
         """What the log says after a step (of this number)."""
-        return {"threshold": self.threshold}
+        annealed = {"target": self.target_at(step)} if self.settings.anneal else {}
+        return {"threshold": self.threshold, **annealed}
 
     def summary(self) -> dict[str, Any]:
         """What the run's summary says."""
@@ -122,13 +133,13 @@ class BudgetController(ThresholdController):
         if not self.steps:
             self._set(measure(self.targets))
 
-    def target(self, step: int) -> float:
+    def target_at(self, step: int) -> float:
         """Drawn by the step's number alone, so that a resumed run draws the same."""
         return random.Random(step).choice(self.targets)
 
     def routing(self, step: int, num_experts: int) -> Routing:
         """The policy of the step's target."""
-        return {"mlp": self._policy_of(self.target(step), num_experts)}
+        return {"mlp": self._policy_of(self.target_at(step), num_experts)}
 
     def policy(self, num_experts: int) -> Policy | Sequence[Policy]:
         """The policy of the target nearest to `target_active`."""
@@ -142,16 +153,16 @@ class BudgetController(ThresholdController):
     def _policy_of(self, target: float, num_experts: int) -> Policy:
         return DENSE if target == 1.0 else threshold_policy(self.thresholds[target], num_experts)
 
-    def update(self, active_share: float, step: int = 0) -> None:
+    def update(self, active_share: float, step: int) -> None:
         """Move the threshold of the step's target."""
-        target, gain = self.target(step), self.settings.gain * len(self.targets)
+        target, gain = self.target_at(step), self.settings.gain * len(self.targets)
         self.thresholds[target] *= steering_factor(active_share, target, gain)
         self.threshold = self.thresholds[self.nearest]
         self.steps += 1
 
     def shown(self, step: int) -> dict[str, Any]:
         """All thresholds, and the step's target."""
-        return {**super().shown(step), "thresholds": self._by_name(), "target": self.target(step)}
+        return {**super().shown(step), "thresholds": self._by_name(), "target": self.target_at(step)}
 
     def summary(self) -> dict[str, Any]:
         """All thresholds."""
@@ -194,7 +205,7 @@ class PolicyCycle(ThresholdController):
         """Nothing is steered."""
         return None
 
-    def update(self, active_share: float, step: int = 0) -> None:
+    def update(self, active_share: float, step: int) -> None:
         """Nothing to steer."""
         self.steps += 1
 
@@ -217,12 +228,15 @@ def missed_target(controller: ThresholdController, active_L: Sequence[float], nu
     )
 
 
-def make_controller(settings: MaskPhaseSettings, config: DSMoEConfig) -> ThresholdController:
+def make_controller(
+    settings: MaskPhaseSettings, config: DSMoEConfig, total_steps: int
+) -> ThresholdController:
     """What decides the routing of the phase.
 
     Args:
         settings: of the phase.
         config: of the model.
+        total_steps: of the run.
 
     Raises:
         UserError: a target below one expert, a folder of `policies` that is no model of this project, or one whose
@@ -235,7 +249,7 @@ def make_controller(settings: MaskPhaseSettings, config: DSMoEConfig) -> Thresho
                 f"mask_phase.targets: {too_low[0]} is below 1 / num_experts = {1 / config.num_experts:g}, and every "
                 "token keeps at least one expert"
             )
-        return BudgetController(settings)
+        return BudgetController(settings, total_steps)
     if not settings.policies:
         if (
             settings.fraction
@@ -246,12 +260,14 @@ def make_controller(settings: MaskPhaseSettings, config: DSMoEConfig) -> Thresho
                 f"mask_phase.target_active is {settings.target_active}, below 1 / num_experts = "
                 f"{1 / config.num_experts:g}, and every token keeps at least one expert"
             )
-        return ThresholdController(settings)
+        return ThresholdController(settings, total_steps)
     if config.num_experts == 1:
         raise UserError(
             "mask_phase.policies: the model has no MLP experts, so the phase would change nothing"
         )
-    return PolicyCycle(settings, routings=[_routing_of(name, config) for name in settings.policies])
+    return PolicyCycle(
+        settings, total_steps, routings=[_routing_of(name, config) for name in settings.policies]
+    )
 
 
 def _routing_of(name: str, config: DSMoEConfig) -> Routing:
