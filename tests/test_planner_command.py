@@ -21,7 +21,7 @@ from dsmoe.planner.lawfile import read_law
 from dsmoe.planner.limits import Limits
 from dsmoe.planner.page import main as page
 from dsmoe.planner.plan import candidate_families, make_plan
-from dsmoe.planner.train_config import write_config
+from dsmoe.planner.train_config import mask_phase_fraction, write_config
 from dsmoe.trainer.command import parse
 from dsmoe.trainer.mask_phase import make_controller
 
@@ -362,7 +362,11 @@ def test_a_written_ds_moe_is_of_the_recipe(plan):
     recipe = yaml.safe_load((ROOT / "configs" / "recipe" / "dsmoe.yaml").read_text(encoding="utf-8"))
     written = yaml.safe_load(plan("--flops", "1e19", "--kinds", "dsmoe", "--write-config", "-")[1])
     assert written["router_loss"] == recipe["router_loss"]
-    assert written["mask_phase"]["fraction"] == recipe["mask_phase"]["fraction"]
+    # the recipe is of 2.9 tokens a parameter, and that of 1B of 20, as a plan for so much compute
+    largest = yaml.safe_load((ROOT / "configs" / "recipe_1b" / "dsmoe.yaml").read_text(encoding="utf-8"))
+    assert written["mask_phase"]["fraction"] == largest["mask_phase"]["fraction"] == mask_phase_fraction(20)
+    assert recipe["mask_phase"]["fraction"] == mask_phase_fraction(2.9)
+    assert mask_phase_fraction(7) < mask_phase_fraction(8)
     for name in ("gate_normalization", "router_initializer_range"):
         assert written["model"][name] == recipe["model"][name]
     text = plan("--flops", "1e19", "--kinds", "dsmoe", "--context", "16384", "--write-config", "-")[1]

@@ -1,5 +1,6 @@
 """A row of the plan as a configuration that `train/pretrain.py --config` accepts."""
 
+import math
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,18 @@ ROUTER_LOSS = {
     "smoe": {"load_balancing_coef": 0.01},
     "dsmoe": {"router_mi_loss_coef_mlp": 1.0e-3, "load_balancing_coef": 0.01},
 }
-MASK_PHASE = 0.4
+# tokens a parameter -> share of the steps that run sparsely: the two places where it was measured (eval/quality.md)
+MASK_PHASES = {2.9: 0.4, 20.0: 0.7}
+
+
+def mask_phase_fraction(tokens_per_param: float) -> float:
+    """The share of the steps for a DS-MoE's mask phase: that of the nearer measured place, by ratio.
+
+    Args:
+        tokens_per_param: training tokens a parameter, of all parameters.
+    """
+    nearest = min(MASK_PHASES, key=lambda measured: abs(math.log(measured / tokens_per_param)))
+    return MASK_PHASES[nearest]
 
 
 def training_config(row: Row, context_length: int = 0) -> dict[str, Any]:
@@ -39,7 +51,7 @@ def training_config(row: Row, context_length: int = 0) -> dict[str, Any]:
     if kind == "smoe":
         # Switch: the one kept expert is scaled by its probability
         model |= {"mlp_gate_scale": 1.0, "mlp_routing": {"policy": "top_k", "k": 1}}
-    if kind == "dsmoe":  # routers, their losses and the mask phase are those of configs/recipe/dsmoe.yaml
+    if kind == "dsmoe":  # routers and their losses are those of configs/recipe/dsmoe.yaml
         model |= {"gate_normalization": "l2", "router_initializer_range": 0.01}
     config: dict[str, Any] = {
         "name": f"plan-{kind}-{fields['num_experts']}-d{fields['hidden_size']}",
@@ -56,7 +68,8 @@ def training_config(row: Row, context_length: int = 0) -> dict[str, Any]:
     if kind == "dsmoe" and fields["num_experts"] > 1:
         # rounding must not take it below one expert, which the trainer refuses
         target = max(round(row.family.active_share, 4), 1 / fields["num_experts"])
-        config["mask_phase"] = {"fraction": MASK_PHASE, "target_active": target}
+        fraction = mask_phase_fraction(fields["tokens"] / fields["num_params_total"])
+        config["mask_phase"] = {"fraction": fraction, "target_active": target}
     sequences = fields["batch_tokens"] // SEQUENCE_LENGTH
     config["train"] = {
         "output_dir": f"runs/{config['name']}",
