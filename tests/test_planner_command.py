@@ -362,10 +362,14 @@ def test_a_written_ds_moe_is_of_the_recipe(plan):
     recipe = yaml.safe_load((ROOT / "configs" / "recipe" / "dsmoe.yaml").read_text(encoding="utf-8"))
     written = yaml.safe_load(plan("--flops", "1e19", "--kinds", "dsmoe", "--write-config", "-")[1])
     assert written["router_loss"] == recipe["router_loss"]
-    # the recipe is of 2.9 tokens a parameter, and that of 1B of 20, as a plan for so much compute
+    # a plan without a limit of memory has few tokens a parameter, like that recipe; a small model reads many, like that of 1B
+    assert written["mask_phase"]["fraction"] == recipe["mask_phase"]["fraction"] == mask_phase_fraction(2.9)
     largest = yaml.safe_load((ROOT / "configs" / "recipe_1b" / "dsmoe.yaml").read_text(encoding="utf-8"))
-    assert written["mask_phase"]["fraction"] == largest["mask_phase"]["fraction"] == mask_phase_fraction(20)
-    assert recipe["mask_phase"]["fraction"] == mask_phase_fraction(2.9)
+    small = plan("--flops", "1e19", "--kinds", "dsmoe", "--memory", "0.4GB", "--write-config", "-")[1]
+    of_small = yaml.safe_load(small)["mask_phase"]["fraction"]
+    assert (
+        of_small == largest["mask_phase"]["fraction"] == mask_phase_fraction(20) == mask_phase_fraction(500)
+    )
     assert mask_phase_fraction(7) < mask_phase_fraction(8)
     for name in ("gate_normalization", "router_initializer_range"):
         assert written["model"][name] == recipe["model"][name]
