@@ -362,7 +362,7 @@ def test_a_written_ds_moe_is_of_the_recipe(plan):
     recipe = yaml.safe_load((ROOT / "configs" / "recipe" / "dsmoe.yaml").read_text(encoding="utf-8"))
     written = yaml.safe_load(plan("--flops", "1e19", "--kinds", "dsmoe", "--write-config", "-")[1])
     assert written["router_loss"] == recipe["router_loss"]
-    # a plan without a limit of memory has few tokens a parameter, like that recipe; a small model reads many, like that of 1B
+    # without a limit of memory a plan has few tokens a parameter, as that recipe; a small model reads many, as that of 1B
     assert written["mask_phase"]["fraction"] == recipe["mask_phase"]["fraction"] == mask_phase_fraction(2.9)
     largest = yaml.safe_load((ROOT / "configs" / "recipe_1b" / "dsmoe.yaml").read_text(encoding="utf-8"))
     small = plan("--flops", "1e19", "--kinds", "dsmoe", "--memory", "0.4GB", "--write-config", "-")[1]
