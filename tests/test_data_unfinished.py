@@ -175,6 +175,15 @@ def test_much_work_outlives_a_bad_line(texts, capsys):
     assert cli.main(words) == 0
 
 
+@pytest.mark.parametrize("options", [[], ["--restart"]], ids=["plain", "restart"])
+def test_a_folder_of_somebody_else_is_not_cleared(texts, capsys, options):
+    (texts / "corpus.partial").mkdir()
+    (texts / "corpus.partial" / "thesis.txt").write_text("mine")
+    assert prepare(texts, *options) == 2
+    assert "holds 'thesis.txt' and is no interrupted run's" in capsys.readouterr().err
+    assert contents(texts / "corpus.partial") == {"thesis.txt": b"mine"}
+
+
 def test_two_at_a_time_are_refused(texts, capsys):
     with FolderLock(texts / "corpus.partial", ""):
         assert prepare(texts) == 2

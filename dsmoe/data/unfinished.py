@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 
 from dsmoe import files
+from dsmoe.data.corpus import TOKENIZER
 from dsmoe.data.recipe import Recipe
 from dsmoe.data.shards import DTYPES
 from dsmoe.errors import UserError
@@ -183,12 +184,13 @@ def unfinished(recipe: Recipe, output: str | Path, restart: bool = False) -> Ite
         restart: discard what an interrupted run has left.
 
     Raises:
-        UserError: another process is at work there, or one of other settings was.
+        UserError: another process is at work there, one of other settings was, or the folder is somebody else's.
     """
     output = Path(output).resolve()
     work = Unfinished(output.with_name(output.name + ".partial"))
     with FolderLock(work.folder, "name another --output"):
         if restart or not work.is_started:
+            _check_ours(work)
             _clear(work.folder)
         else:
             _check_settings(work.folder, recipe)
@@ -206,6 +208,16 @@ def unfinished(recipe: Recipe, output: str | Path, restart: bool = False) -> Ite
             raise
     work.forget()
     files.publish_folder(work.folder, output)
+
+
+def _check_ours(work: Unfinished) -> None:
+    """Refuse to clear a folder of that name that is somebody else's."""
+    # before the settings there is nothing but these
+    others = sorted({path.name for path in work.folder.iterdir()} - {LOCK, TOKENIZER})
+    if others and not work.is_started:
+        raise UserError(
+            f"{work.folder}: holds {others[0]!r} and is no interrupted run's; move it, or name another --output"
+        )
 
 
 def _clear(folder: Path) -> None:
