@@ -1,8 +1,9 @@
 """An accelerator that is none: tensors that say they lie on another device, and are computed on the CPU.
 
-A tensor of `DEVICE` holds one of the CPU, with which a dispatch mode computes what is asked of it. As on a GPU an operation on tensors of
-both kinds is refused (but for numbers, indices and copies), so that a mask or a position that was made on the wrong device shows, in a
-forward and a backward pass, without any such machine. What it can't show: kernels, streams, and code that asks for "cuda" by name.
+A tensor of `DEVICE` holds one of the CPU, with which a dispatch mode computes what is asked of it. As on a GPU an operation
+on tensors of both kinds is refused (but for numbers, indices and copies), so that a mask or a position that was made on the
+wrong device shows, in a forward and a backward pass, without any such machine. What it can't show: kernels, streams, and code
+that asks for "cuda" by name.
 """
 
 from contextlib import contextmanager
@@ -13,7 +14,11 @@ from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten, tree_map_only, tree_unflatten
-from torch.utils.backend_registration import _DummyBackendModule, _DummyPrivateUse1Hook, _setup_privateuseone_for_python_backend
+from torch.utils.backend_registration import (
+    _DummyBackendModule,
+    _DummyPrivateUse1Hook,
+    _setup_privateuseone_for_python_backend,
+)
 
 DEVICE = "elsewhere"
 # a copy from one device to the other, and indices of the CPU in a tensor of the GPU
@@ -71,7 +76,11 @@ def accelerator():
 
 
 def _to(module, *args, **kwargs):
-    return put(module) if any(_is_elsewhere(each) for each in (*args, *kwargs.values())) else _MODULE_TO(module, *args, **kwargs)
+    return (
+        put(module)
+        if any(_is_elsewhere(each) for each in (*args, *kwargs.values()))
+        else _MODULE_TO(module, *args, **kwargs)
+    )
 
 
 _MODULE_TO = nn.Module.to
@@ -92,22 +101,30 @@ class _Literals(TorchFunctionMode):
 
 
 class _Computing(TorchDispatchMode):
-
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         flat, structure = tree_flatten((args, kwargs or {}))
         wanted = (kwargs or {}).get("device")
         held = {id(each.held): each for each in flat if isinstance(each, Elsewhere)}
         name = function.overloadpacket.__name__
-        strangers = [each for each in flat if type(each) in (Tensor, nn.Parameter) and each.dim() > 0]
+        changed = flat[0] if name.endswith("_") else None  # a number of the CPU takes nothing in from a GPU
+        strangers = [
+            each
+            for each in flat
+            if type(each) in (Tensor, nn.Parameter) and (each.dim() > 0 or each is changed)
+        ]
         if held and strangers and name not in _ACROSS:
-            raise AssertionError(f"{name}: a tensor of {DEVICE} and one of the CPU, of shape {tuple(strangers[0].shape)}")
+            raise AssertionError(
+                f"{name}: a tensor of {DEVICE} and one of the CPU, of shape {tuple(strangers[0].shape)}"
+            )
         inner_args, inner_kwargs = tree_unflatten([_inner(each) for each in flat], structure)
         result = function(*inner_args, **inner_kwargs)
         if name == "_local_scalar_dense" or (not held and not _is_elsewhere(wanted)):
             return result
         if wanted is not None and not _is_elsewhere(wanted):
             return result  # brought to the CPU
-        return tree_map_only(Tensor, lambda made: held[id(made)] if id(made) in held else Elsewhere(made), result)
+        return tree_map_only(
+            Tensor, lambda made: held[id(made)] if id(made) in held else Elsewhere(made), result
+        )
 
 
 def put(model: nn.Module) -> nn.Module:
@@ -135,7 +152,6 @@ def _inner(each):
 
 def _is_elsewhere(device) -> bool:
     return str(device).split(":")[0] == DEVICE
-
 
 
 if torch._C._get_privateuse1_backend_name() != DEVICE:

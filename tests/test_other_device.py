@@ -1,4 +1,4 @@
-"""Nothing is made on the CPU that belongs where the model is: the same numbers with every tensor on an emulated accelerator."""
+"""Nothing is made on the CPU that belongs where the model is: the same numbers with all on an emulated accelerator."""
 
 import copy
 
@@ -18,7 +18,12 @@ IDS = torch.arange(24).view(2, 12) % 11
 KINDS = {
     "dense twin": {"kind": "dense", "num_experts": 1},
     "all experts": {},
-    "the recipe": {"gate_normalization": "l2", "normalize_embeddings": True, "qk_norm": "full", "gate_constant": 0.5},
+    "the recipe": {
+        "gate_normalization": "l2",
+        "normalize_embeddings": True,
+        "qk_norm": "full",
+        "gate_constant": 0.5,
+    },
     "top-K": {"mlp_routing": TOP_2},
     "threshold": {"mlp_routing": {"policy": "threshold", "threshold": 0.9}},
     "top-p": {"mlp_routing": {"policy": "top_p", "top_p": 0.5}},
@@ -76,7 +81,9 @@ def test_generation(tiny_model, kind):
 
 def test_calibration(tiny_model):
     model = tiny_model(dtype=torch.float32)
-    batches = [{"input_ids": IDS[:, :-1], "shift_labels": IDS[:, 1:], "attention_mask": torch.ones_like(IDS[:, 1:])}]
+    batches = [
+        {"input_ids": IDS[:, :-1], "shift_labels": IDS[:, 1:], "attention_mask": torch.ones_like(IDS[:, 1:])}
+    ]
     expected = calibrate(model, batches, curve_tokens=20).at_share(0.5)
     with accelerator():
         found = calibrate(put(copy.deepcopy(model)), batches, curve_tokens=20).at_share(0.5)
