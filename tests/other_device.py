@@ -1,9 +1,9 @@
 """An accelerator that is none: tensors that say they lie on another device, and are computed on the CPU.
 
-A tensor of `DEVICE` holds one of the CPU, with which a dispatch mode computes what is asked of it. As on a GPU an operation
-on tensors of both kinds is refused (but for numbers, indices and copies), so that a mask or a position that was made on the
-wrong device shows, in a forward and a backward pass, without any such machine. What it can't show: kernels, streams, and code
-that asks for "cuda" by name.
+A tensor of `DEVICE` holds one of the CPU, with which a dispatch mode computes what is asked of it. As on a GPU an
+operation on tensors of both kinds is refused (but for numbers, indices and copies), so that a mask or a position that
+was made on the wrong device shows, in a forward and a backward pass, without any such machine. What it can't show:
+kernels, streams, and code that asks for "cuda" by name.
 """
 
 from contextlib import contextmanager
