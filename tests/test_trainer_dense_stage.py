@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dsmoe.config.run import RunConfig
+from dsmoe.trainer import checkpointer
 from dsmoe.trainer.differences import changed
 from dsmoe.trainer.loop import TrainingRun
 from dsmoe.trainer.mask_phase import first_masked_step
@@ -131,3 +132,16 @@ def test_micro_batches_of_another_size_are_another_run_where_means_run():
         other.train.micro_batch_size += 1
         found = changed(asdict(config), asdict(other))
         assert len(found) == len(words) and all(map(str.startswith, found, words))
+
+
+def test_a_stage_has_its_log_before_it_can_be_found(train, stage, monkeypatch):
+    """A run that is killed in between must not leave a stage whose log begins with the mask phase."""
+    logged, save = [], checkpointer.save_checkpoint
+
+    def noted(folder, *rest, **named):
+        logged.append((folder / "log.jsonl").read_text(encoding="utf-8").count("lm_loss"))
+        return save(folder, *rest, **named)
+
+    monkeypatch.setattr(checkpointer, "save_checkpoint", noted)
+    assert train("run", **stage, **ARMS["half"]).status == 0
+    assert logged == [4]

@@ -106,9 +106,11 @@ class Checkpointer:
         folder = stage_folder(self.config, self.seed)
         if folder is None or on_main(self.accelerator, lambda: self._stage() is not None):
             return
-        self._save_in(folder)
+        # the log first: the checkpoint is what makes it a stage, also for a run that is killed between the two
         if self.accelerator.is_main_process and self.log.path.exists():
+            folder.mkdir(parents=True, exist_ok=True)
             write_text(folder / "log.jsonl", self.log.path.read_text(encoding="utf-8"))
+        self._save_in(folder)
 
     def _save_in(self, folder: Path) -> None:
         weights = self.parallel.weights(self.model)
