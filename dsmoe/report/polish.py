@@ -25,7 +25,7 @@ from dsmoe.sparsify.calibration import sample_corpus
 from dsmoe.sparsify.compare import Policies, clustered_error, clusters, reference_policies
 
 EPILOG = """examples:
-  python eval/measure_polish.py runs/sparsity/dsmoe --polished runs/sparsity/polished --data data/scaling
+  python eval/measure_polish.py runs/sparsity/dsmoe-s0 --polished runs/sparsity/polished --data data/quality
   python eval/measure_polish.py runs/dsmoe --polished runs/polished --data data/mine --json - --record eval/records/polish
 
 The polished folder is one of `dsmoe polish`: `final` (all experts) and one folder for each policy."""

@@ -28,7 +28,7 @@ from dsmoe.sparsify.points import Points
 from dsmoe.sparsify.sweep import CONTESTANTS, Judge, Sample, sweep_bounds, sweep_shares
 
 EPILOG = """examples:
-  python eval/sweep_sparsity.py runs/sparsity/dsmoe --data data/scaling --output runs/sparsity/sweep
+  python eval/sweep_sparsity.py runs/sparsity/dsmoe-s0 --data data/quality --output runs/sparsity/sweep
   python eval/sweep_sparsity.py runs/dsmoe --data data/mine --shares 0.15,0.25,0.35 --bounds 0.005,0.01 --seeds 0,1,2
   python eval/sweep_sparsity.py runs/dsmoe --data data/mine --tasks paper --include-path benchmarks --limit 200
 """
