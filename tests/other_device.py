@@ -97,6 +97,8 @@ class _Literals(TorchFunctionMode):
         kwargs = kwargs or {}
         if function in (torch.tensor, torch.as_tensor) and _is_elsewhere(kwargs.get("device")):
             return function(*args, **{**kwargs, "device": "cpu"}).to(DEVICE)
+        if function in (Tensor.__getitem__, Tensor.__setitem__) and isinstance(args[1], list):
+            args = (args[0], torch.tensor(args[1]), *args[2:])  # torch would make the index on the device
         return function(*args, **kwargs)
 
 

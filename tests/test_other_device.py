@@ -45,6 +45,8 @@ def test_the_emulation_refuses_what_a_gpu_would():
         assert (x + 1.0 + torch.tensor(2.0)).device.type == DEVICE  # numbers may lie anywhere
         with pytest.raises(AssertionError, match="add: a tensor of elsewhere and one of the CPU"):
             x + y
+        with pytest.raises(AssertionError, match="add_: a tensor of elsewhere and one of the CPU"):
+            torch.tensor(0.0).add_(x.sum())  # a number of the CPU takes nothing in
         assert type(y.to(DEVICE)) is Elsewhere and type(x.cpu()) is torch.Tensor
 
 
@@ -79,8 +81,9 @@ def test_generation(tiny_model, kind):
     assert torch.equal(on_cpu(found), expected)
 
 
-def test_calibration(tiny_model):
-    model = tiny_model(dtype=torch.float32)
+@pytest.mark.parametrize("kept", [None, [[0, 1, 3], [0, 1, 2]]])
+def test_calibration(tiny_model, kept):
+    model = tiny_model(dtype=torch.float32, mlp_kept_experts=kept)
     batches = [
         {"input_ids": IDS[:, :-1], "shift_labels": IDS[:, 1:], "attention_mask": torch.ones_like(IDS[:, 1:])}
     ]
@@ -104,7 +107,7 @@ RUNS = {
     },
     "attention experts": {
         "model.num_attention_experts": 2, "model.qk_norm": "per_head", "router_loss.router_mi_loss_coef_attention": 0.1,
-        "train.gradient_checkpointing": True, "router_loss.mi_control_threshold": 0.9,
+        "train.gradient_checkpointing": True, "router_loss.mi_control": "layer", "router_loss.mi_control_threshold": 0.9,
     },
 }  # fmt: skip
 
