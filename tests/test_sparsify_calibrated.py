@@ -18,7 +18,7 @@ from dsmoe.errors import UserError
 from dsmoe.model import set_routing
 from dsmoe.sparsify import Comparison, Frontier, calibrate, compare, remove_unused, sample_documents
 from dsmoe.sparsify.arguments import increase
-from dsmoe.sparsify.budget import _check_removal
+from dsmoe.sparsify.budget import _check_removal, _hint
 from dsmoe.sparsify.families import GLOBAL
 
 VOCAB = 48
@@ -231,6 +231,15 @@ def test_removed_experts_break_neither_bound_nor_budget():
     _check_removal(args, Comparison(9.0, 0.0, 9.0, 1.0, 1), 1000.0)
     with pytest.raises(UserError, match=r"--remove-unused 0\.1 .* 1010 FLOPs .* 1000 of --max-flops"):
         _check_removal(args, Comparison(0.0, 0.0, 0.0, 1.0, 1), 1010.0)
+
+
+@pytest.mark.parametrize(
+    ("kind", "loss", "hinted"), [("dsmoe", 0.03, True), ("dsmoe", 0.01, False), ("smoe", 0.03, False)]
+)
+def test_only_a_dear_share_of_a_dsmoe_is_hinted_to_be_trained_for(kind, loss, hinted):
+    model = SimpleNamespace(config=SimpleNamespace(kind=kind))
+    hint = _hint(model, Comparison(loss, 0.001, 4.0, 1.0, 1))
+    assert (hint is not None and "mask_phase" in hint) == hinted
 
 
 def test_increase_in_nats_or_percent_of_perplexity():

@@ -29,6 +29,10 @@ Calibrate on text that was neither trained on nor will be used to judge the resu
 reference, against which a loss increase is measured, is the checkpoint as it is: all experts of a DS-MoE, the trained
 K of an SMoE. sparsity.json beside the weights holds all that was measured.
 
+How few experts are enough is mostly decided in training: a DS-MoE whose run ended with a mask phase (mask_phase.fraction
+0.4 to 0.7, mask_phase.target_active) is cheap to make as sparse as that; one without lost much more below a half
+(eval/records/sparsity-dsmoe), and dsmoe polish made up for a part of it (eval/records/polish).
+
 With --policy, the attention experts of a model that has them follow the same threshold or top_p, and keep all under
 top_k, as in arXiv 2404.05567; --attention-policy says otherwise. Under --target-active they get a threshold of their own
 for the same share."""

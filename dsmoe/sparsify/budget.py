@@ -15,6 +15,10 @@ from dsmoe.sparsify.sites import expert_cost
 from dsmoe.sparsify.unused import remove_unused
 from dsmoe.sparsify.write import sparsity_report
 
+# nats per token; as much as a third of the experts costs a model that is trained for it, with many tokens
+# (eval/records/quality-tokens-tiny)
+_DEAR = 0.02
+
 
 def calibrated(args: argparse.Namespace, model: DSMoEForCausalLM, text: CalibrationText) -> dict[str, Any]:
     """Find and set the policies that the arguments ask for.
@@ -61,9 +65,20 @@ def calibrated(args: argparse.Namespace, model: DSMoEForCausalLM, text: Calibrat
         "family": found.family,
         "active_share": found.share,
         **comparison.as_dict(),
+        "hint": _hint(model, comparison),
         "frontier": frontier.describe(),
     }
     return report
+
+
+def _hint(model: DSMoEForCausalLM, comparison: Comparison) -> str | None:
+    """What training could do about a dear share; an SMoE is trained with the one that it has."""
+    if model.config.kind == "smoe" or comparison.loss_increase <= _DEAR:
+        return None
+    return (
+        f"above {_DEAR:g} nats per token such a share is cheaper trained than found: a mask phase for it "
+        "(mask_phase.fraction 0.4 to 0.7, mask_phase.target_active), or dsmoe polish"
+    )
 
 
 def _check_removal(args: argparse.Namespace, comparison: Comparison, flops: float) -> None:

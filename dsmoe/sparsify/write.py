@@ -142,6 +142,8 @@ def _calibration_lines(report: dict[str, Any]) -> list[str]:
             "against the checkpoint as it was",
             f"active experts     {found['active_share']:>14.1%}  of all experts, by their cost",
         ]
+        if found["hint"] is not None:
+            lines.append(f"hint: {found['hint']}")
     removed = report.get("removed_experts")
     if removed is not None:
         lines.append(f"removed experts    {removed['num_removed']:>14,}")
