@@ -149,8 +149,10 @@ def test_a_record_says_what_is_missing(study, tmp_path):
     assert logs[0] == {"run": "dsmoe-small-1k-s0", "step": 1, "lm_loss": 3.5, "router": {"mlp": {}}}
     assert [line["run"] for line in logs] == ["dsmoe-small-1k-s0", "dsmoe-small-1k-s1"]
     assert (tmp_path / "record" / "losses.png").read_bytes().startswith(b"\x89PNG")
+    assert not (tmp_path / "record" / "pairs.png").exists()
     (tmp_path / "runs" / "mended").touch()
     assert main(options) == 0
+    assert (tmp_path / "record" / "pairs.png").read_bytes().startswith(b"\x89PNG")
     assert "PARTIAL" not in (tmp_path / "record" / "README.md").read_text()
 
 

@@ -18,7 +18,7 @@ from dsmoe.files import write_json, write_text
 from dsmoe.records import write_record
 from dsmoe.study.kept import Kept, read_kept
 from dsmoe.study.launcher import is_finished, launch
-from dsmoe.study.plot import curves_plot, losses_plot, routers_plot
+from dsmoe.study.plot import curves_plot, losses_plot, pairs_plot, routers_plot
 from dsmoe.study.rehearse import check_runs
 from dsmoe.study.routers import router_courses, shortened
 from dsmoe.study.spec import Study, StudyRun, check_setting, read_study
@@ -30,10 +30,10 @@ EPILOG = """examples:
   python train/study.py configs/scaling/sweep.yaml --output runs/scaling --table-only --record eval/records/scaling-sweep
 
 Run it again after an interruption: finished runs are kept, the others go on from their last checkpoint. The output folder
-gets a folder per run, results.json, table.md, the runs' logs (logs.jsonl), losses.png, curves.png where the study has
-curves, and routers.png (are experts used alike, does each token choose?). A record holds them too. What it holds of these
-settings and this text is not trained again where the run's folder is gone; without --record everything is. A record isn't
-replaced by one without its finished runs.
+gets a folder per run, results.json, table.md, the runs' logs (logs.jsonl), losses.png, pairs.png (differences with their
+intervals) and curves.png where the study has such, and routers.png (are experts used alike, does each token choose?). A
+record holds them too. What it holds of these settings and this text is not trained again where the run's folder is gone;
+without --record everything is. A record isn't replaced by one without its finished runs.
 """
 
 
@@ -201,7 +201,10 @@ def _draw(output: Path, results: Mapping[str, Any], kept: Kept) -> list[str]:
     write_text(output / "logs.jsonl", "".join(lines))
     losses_plot(results, output / "losses.png")
     names = ["losses.png"]
-    # a study that has just begun has curves without points
+    # a study that has just begun has no pairs, and curves without points
+    if results["pairs"]:
+        pairs_plot(results, output / "pairs.png")
+        names.append("pairs.png")
     if any(curve["points"] for curve in results["curves"]):
         curves_plot(results, output / "curves.png")
         names.append("curves.png")

@@ -1,4 +1,4 @@
-"""The pictures of a study: the loss of every point with its spread over seeds, differences along curves, its routers."""
+"""The pictures of a study: losses with their spread over seeds, paired differences, curves of them, its routers."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from dsmoe.figures import KIND_COLOURS, pyplot, save_figure
-from dsmoe.study.tabulate import point_name
+from dsmoe.spread import is_tie
+from dsmoe.study.tabulate import point_name, split_of
 
 
 def losses_plot(results: Mapping[str, Any], path: str | Path) -> None:
@@ -34,6 +35,45 @@ def losses_plot(results: Mapping[str, Any], path: str | Path) -> None:
         "loss (nats per token): validation filled, test hollow; bars are standard errors over seeds"
     )
     axes.xaxis.label.set_fontsize(8)
+    axes.grid(alpha=0.3, axis="x")
+    save_figure(figure, path)
+
+
+def pairs_plot(results: Mapping[str, Any], path: str | Path) -> None:
+    """Paired differences, one row each: every seed, their mean and its 95% interval.
+
+    Black where the interval leaves out zero; wide intervals, as two seeds have, are cut off.
+
+    Args:
+        results: of `dsmoe.study.tabulate.collect`, with at least one pair; differences on test where they were measured.
+        path: the PNG.
+    """
+    pairs = results["pairs"]
+    split = split_of(pairs)
+    figure, axes = pyplot().subplots(figsize=(7.5, 1.2 + 0.28 * len(pairs)))
+    axes.axvline(0, color="#888888", linewidth=0.8)
+    for place, pair in enumerate(pairs):
+        difference = pair.get(split)
+        if difference is None:
+            continue
+        told = is_tie(difference) is False
+        colour = "black" if told else "#8a8a8a"
+        seeds = difference["differences"]
+        axes.plot(seeds, [place] * len(seeds), "o", markersize=5, markerfacecolor="none", color=colour)
+        if difference["interval"] is not None:
+            axes.plot(difference["interval"], [place, place], "-", color=colour, linewidth=1.2)
+            axes.plot([difference["mean"]], [place], "D", markersize=5, color=colour)
+    # two seeds have an interval of 12.7 standard errors either way, beside which nothing else could be seen
+    seeds = [value for pair in pairs if split in pair for value in pair[split]["differences"]]
+    room = 0.6 * (max([0.0, *seeds]) - min([0.0, *seeds])) or 1.0
+    axes.set_xlim(min([0.0, *seeds]) - room, max([0.0, *seeds]) + room)
+    axes.set_yticks(range(len(pairs)), [f"{pair['first']} - {pair['second']}" for pair in pairs], fontsize=8)
+    axes.invert_yaxis()
+    axes.set_xlabel(
+        f"difference on {split} (nats per token; left of zero: the first is better)\n"
+        "rings: seeds; diamond and bar: mean and 95% interval, black where it leaves out zero",
+        fontsize=8,
+    )
     axes.grid(alpha=0.3, axis="x")
     save_figure(figure, path)
 

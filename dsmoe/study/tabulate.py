@@ -96,6 +96,11 @@ def point_name(row: Row) -> str:
     return "-".join(_point(row))
 
 
+def split_of(pairs: Sequence[Row]) -> str:
+    """The split that differences are told of: test where it was measured."""
+    return "test" if any("test" in pair for pair in pairs) else "validation"
+
+
 def _points(rows: Sequence[Row]) -> dict[tuple[str, ...], list[Row]]:
     points = defaultdict(list)
     for row in rows:
@@ -272,7 +277,7 @@ def table(results: Row) -> str:
     ]
     text = markdown_table(header, rows)
     if results["pairs"]:
-        split = "test" if any("test" in pair for pair in results["pairs"]) else "validation"
+        split = split_of(results["pairs"])
         pairs = [
             [f"{pair['first']} - {pair['second']}", str(len(pair["seeds"])),
              shown(pair.get("validation"), sign=True), shown(pair.get("test"), sign=True),
