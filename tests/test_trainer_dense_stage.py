@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from dsmoe.config.run import RunConfig
+from dsmoe.lock import FolderLock
 from dsmoe.trainer import checkpointer
 from dsmoe.trainer.differences import changed
 from dsmoe.trainer.loop import TrainingRun
@@ -145,3 +146,23 @@ def test_a_stage_has_its_log_before_it_can_be_found(train, stage, monkeypatch):
     monkeypatch.setattr(checkpointer, "save_checkpoint", noted)
     assert train("run", **stage, **ARMS["half"]).status == 0
     assert logged == [4]
+
+
+def test_what_a_killed_writer_left_of_a_stage_goes(train, stage, tmp_path):
+    folder = tmp_path / "stage" / "seed-0"
+    half = folder / "checkpoints" / ".step-00000004.0123abcd.tmp"
+    half.mkdir(parents=True)
+    (half / "model.safetensors").write_bytes(b"half")
+    assert train("run", **stage, **ARMS["half"]).status == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["checkpoints", "log.jsonl"]
+    assert sorted(path.name for path in half.parent.iterdir()) == ["latest.json", "step-00000004"]
+
+
+def test_a_stage_that_another_run_is_writing_is_left_to_it(train, stage, tmp_path, capsys):
+    folder = tmp_path / "stage" / "seed-0"
+    half = folder / "checkpoints" / ".step-00000004.0123abcd.tmp"
+    half.mkdir(parents=True)
+    with FolderLock(folder, "wait"):
+        assert train("run", **stage, **ARMS["half"]).status == 0
+        assert half.is_dir() and not (folder / "log.jsonl").exists()
+    assert "left to another run" in capsys.readouterr().err

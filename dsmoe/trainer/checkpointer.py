@@ -3,6 +3,7 @@
 import dataclasses
 import sys
 import time
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from dsmoe.checkpoint import discard, load_checkpoint, newest_intact, save_checkpoint
+from dsmoe.checkpoint import clean_leftovers, discard, load_checkpoint, newest_intact, save_checkpoint
 from dsmoe.config.run import RunConfig
 from dsmoe.errors import UserError
 from dsmoe.files import write_json, write_text
+from dsmoe.lock import FolderLock
 from dsmoe.trainer.dense_stage import find_stage, is_last_dense_step, stage_folder, take_log
 from dsmoe.trainer.differences import POSITION, changed, differences, with_defaults
 from dsmoe.trainer.log import RunLog
@@ -102,15 +104,28 @@ class Checkpointer:
         self._saved_step, self._saved_at = self.state.step, time.monotonic()
 
     def _keep_stage(self) -> None:
-        """Write the checkpoint of the last dense step for other runs, unless there is one."""
+        """Write the checkpoint of the last dense step for other runs, unless there is one or one of them is at it."""
         folder = stage_folder(self.config, self.seed)
-        if folder is None or on_main(self.accelerator, lambda: self._stage() is not None):
+        if folder is None:
             return
+        with ExitStack() as held:
+            if on_main(self.accelerator, lambda: self._begin_stage(folder, held)):
+                self._save_in(folder)
+
+    def _begin_stage(self, folder: Path, held: ExitStack) -> bool:
+        """Lock the stage's folder and give it its log; False where there is nothing to write."""
+        try:
+            held.enter_context(FolderLock(folder, "train without its dense stage"))
+        except UserError as error:
+            print(f"the dense stage is left to another run ({error})", file=sys.stderr)
+            return False
+        if self._stage() is not None:
+            return False
+        clean_leftovers([folder, folder / "checkpoints"])
         # the log first: the checkpoint is what makes it a stage, also for a run that is killed between the two
-        if self.accelerator.is_main_process and self.log.path.exists():
-            folder.mkdir(parents=True, exist_ok=True)
+        if self.log.path.exists():
             write_text(folder / "log.jsonl", self.log.path.read_text(encoding="utf-8"))
-        self._save_in(folder)
+        return True
 
     def _save_in(self, folder: Path) -> None:
         weights = self.parallel.weights(self.model)
