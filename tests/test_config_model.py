@@ -86,6 +86,22 @@ def test_gate_scales(tiny_config, overrides, mlp, attention):
         ({"mlp_kept_experts": [[0], [2, 1]]}, r"mlp_kept_experts\[1\]: expert 1 stands after 2"),
         ({"attention_kept_experts": [[0], [1]]}, r"attention_kept_experts\[1\]: expert 1; .* from 0 to 0"),
         (
+            {
+                "kind": "smoe",
+                "gate_normalization": "renormalized",
+                "mlp_routing": {"policy": "top_p", "top_p": 0.5},
+            },
+            "model.mlp_gate_scale is null: with renormalized gates it is the one k of all layers",
+        ),
+        (
+            {
+                "kind": "smoe",
+                "gate_normalization": "renormalized",
+                "mlp_routing": [{"policy": "top_k", "k": 2}, {"policy": "top_k", "k": 3}],
+            },
+            "mlp_routing doesn't have; give the scale",
+        ),
+        (
             {"mlp_kept_experts": [[0, 1, 2], [1]], "mlp_routing": {"policy": "top_k", "k": 2}},
             r"model.mlp_routing\[1\]: k is 2, and 1 of the layer's 4 experts remain",
         ),
@@ -251,3 +267,30 @@ def test_rope_scaling_is_refused_where_the_model_is_made(tiny_config, tmp_path):
     DSMoEForCausalLM(tiny_config()).save_pretrained(tmp_path)
     with pytest.raises(UserError, match="rope_type 'linear'"):
         DSMoEForCausalLM.from_pretrained(tmp_path, rope_parameters=LINEAR)
+
+
+def test_fields_given_while_loading_are_checked_and_derived(tiny_config, tmp_path):
+    """transformers would set them on the finished config."""
+    tiny_config().save_pretrained(tmp_path)
+    config = DSMoEConfig.from_pretrained(
+        tmp_path, mlp_routing={"policy": "top_k", "k": 2}, rope_theta=500, use_cache=False
+    )
+    assert config.mlp_routing == [{"policy": "top_k", "k": 2}] * 2
+    assert config.rope_theta == config.rope_parameters["rope_theta"] == 500.0
+    assert config.use_cache is False
+    for bad, message in (
+        ({"mlp_routing": {"policy": "top_k", "k": 99}}, "k is 99; it must be an integer from 1 to 4"),
+        ({"gate_normalization": "foo"}, "model.gate_normalization is 'foo'"),
+        ({"num_experts": 8}, "times num_experts 8 is not intermediate_size"),
+    ):
+        with pytest.raises(UserError, match=message):
+            AutoConfig.from_pretrained(tmp_path, **bad)
+    config, unused = DSMoEConfig.from_pretrained(tmp_path, qk_norm="none", return_unused_kwargs=True, what=1)
+    assert config.qk_norm == "none" and unused == {"what": 1}
+
+
+def test_whole_numbers_are_numbers(tiny_config):
+    config = tiny_config(rope_theta=500000, mlp_gate_scale=16, gate_constant=0)
+    assert (config.rope_theta, config.mlp_gate_scale, config.gate_constant) == (5e5, 16.0, 0.0)
+    assert all(isinstance(value, float) for value in (config.rope_theta, config.mlp_gate_scale))
+    assert config.to_dict() == tiny_config(rope_theta=5e5, mlp_gate_scale=16.0).to_dict()

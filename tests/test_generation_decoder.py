@@ -328,8 +328,31 @@ def test_cropping_goes_back(tiny_model, kind):
     again = torch.stack([made.step(ids[:, position]).clone() for position in range(5, 9)])
     torch.testing.assert_close(again, expected[2:])
     for length in (0, 10):
-        with pytest.raises(UserError, match="from 1 to the 9 tokens"):
+        with pytest.raises(UserError, match=r"from 1 .*to the 9 tokens"):
             made.crop(length)
+
+
+@pytest.mark.parametrize("kind", ["cpp", "torch"])
+def test_cropping_leaves_a_token_of_each_sequence(tiny_model, kind):
+    model, ids = tiny_model(dtype=torch.float32), prompts(2, 9)
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    made = Decoder(model, 9, 2, kind)
+    made.prefill(ids[:, :6], mask[:, :6])
+    expected = made.step(ids[:, 6]).clone()
+    made.step(ids[:, 7])
+    for length in (1, 3, 4):
+        with pytest.raises(UserError, match=r"from 5 .the longest padding and a token. to the 8 tokens"):
+            made.crop(length)
+    made.crop(6)
+    torch.testing.assert_close(made.step(ids[:, 6]), expected)
+
+
+def test_the_probe_judges_alike_under_autocast():
+    reset_kernel()
+    with torch.autocast("cpu", torch.bfloat16):
+        backend.probe("cpu")
+    reset_kernel()
 
 
 def test_parts_take_time(tiny_model):

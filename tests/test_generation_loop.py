@@ -267,5 +267,16 @@ def test_without_the_kernel_transformers_loop_is_taken(model, theirs, monkeypatc
     reset_kernel()
 
 
+def test_a_limit_that_no_memory_holds_takes_transformers_loop(model, theirs):
+    ids = prompts()
+    options = {"attention_mask": torch.ones_like(ids), "do_sample": False}
+    end = int(theirs(model, ids, **options, max_new_tokens=3)[0, -1])
+    options = {**options, "eos_token_id": end, "pad_token_id": 0}
+    assert torch.equal(
+        model.generate(ids, **options, max_new_tokens=10**12),
+        model.generate(ids, **options, max_new_tokens=9),
+    )
+
+
 def test_modeling_says_so():
     assert "sample_of_transformers" in modeling.DSMoEForCausalLM.__doc__

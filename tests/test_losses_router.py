@@ -177,3 +177,17 @@ def test_load_balancing_of_all_experts_is_the_sum_of_squares(padded):
     for got, want in zip(torch.autograd.grad(loss, logits), torch.autograd.grad(expected, logits)):
         assert got.abs().max() > 0
         torch.testing.assert_close(got, want / 2, **CLOSE)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_autocast_changes_nothing(name):
+    logits = make_logits(dtype=torch.float32)
+    statistics = router_statistics(logits, None, loads(logits))
+    gradients = []
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = getattr(router_losses(logits, statistics), name)
+        assert loss.dtype == torch.float32
+        gradients.append(torch.autograd.grad(loss, logits))
+    for ours, theirs in zip(*gradients):
+        assert torch.equal(ours, theirs)

@@ -7,6 +7,7 @@ import torch
 from transformers import OlmoeForCausalLM
 
 from dsmoe.export.targets import target_config, target_weights
+from dsmoe.model import set_routing, use_routing
 from dsmoe.model.kernels import reset_kernel
 
 CLOSE = {"rtol": 1e-9, "atol": 1e-9}
@@ -102,9 +103,11 @@ def test_padding_changes_nothing(tiny_model, overrides, side):
 def test_packed_documents_are_isolated(tiny_model, overrides):
     model, first, second = tiny_model(**overrides), token_ids(1, 5), token_ids(1, 4, seed=3)
     positions = torch.cat([torch.arange(5), torch.arange(4)])[None]
-    packed = model(torch.cat([first, second], dim=1), position_ids=positions, use_cache=False).logits
     apart = torch.cat([model(first, use_cache=False).logits, model(second, use_cache=False).logits], dim=1)
-    torch.testing.assert_close(packed, apart, **CLOSE)
+    # the config's default makes a cache
+    for options in ({"use_cache": False}, {}):
+        packed = model(torch.cat([first, second], dim=1), position_ids=positions, **options).logits
+        torch.testing.assert_close(packed, apart, **CLOSE)
 
 
 @every_model
@@ -112,6 +115,23 @@ def test_checkpointing_gives_the_same_gradients(tiny_model, overrides):
     ids, gradients = token_ids(), []
     for model in (tiny_model(**overrides).train(), checkpointed(tiny_model(**overrides).train())):
         loss_of(model, ids).backward()
+        gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
+    for name, expected in gradients[0].items():
+        torch.testing.assert_close(gradients[1][name], expected, rtol=1e-12, atol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("policy", [{"policy": "threshold", "threshold": 1.1}, {"policy": "top_k", "k": 1}])
+@pytest.mark.parametrize("base", [{"policy": "dense"}, {"policy": "threshold", "threshold": 0.8}])
+def test_checkpointing_computes_again_under_the_same_policies(tiny_model, base, policy):
+    """The backward pass of a block with other policies may come after it, when the config has its own back."""
+    ids, gradients = token_ids(), []
+    for model in (tiny_model(**MOA).train(), checkpointed(tiny_model(**MOA).train())):
+        set_routing(model, "mlp", base)
+        with use_routing(model, mlp=policy, attention={"policy": "top_k", "k": 1}):
+            loss = loss_of(model, ids)
+        own = model.config.mlp_routing
+        loss.backward()
+        assert model.config.mlp_routing is own
         gradients.append({name: parameter.grad for name, parameter in model.named_parameters()})
     for name, expected in gradients[0].items():
         torch.testing.assert_close(gradients[1][name], expected, rtol=1e-12, atol=1e-12, msg=name)
@@ -215,3 +235,12 @@ def test_the_signature_names_what_transformers_looks_for(tiny_model):
     ids = token_ids()
     mask = torch.ones_like(ids)
     torch.testing.assert_close(tiny_model()(ids, mask).logits, tiny_model()(ids).logits, **CLOSE)
+
+
+def test_float64_stays_float64_under_autocast(tiny_model):
+    """As torch's own layers have it."""
+    model, ids = tiny_model(**MOA), token_ids()
+    with torch.no_grad():
+        expected = model(ids).logits
+        with torch.autocast("cpu", torch.bfloat16):
+            assert torch.equal(model(ids).logits, expected)

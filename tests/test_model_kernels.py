@@ -3,6 +3,7 @@
 import logging
 import math
 import os
+import time
 from pathlib import Path
 
 import pytest
@@ -295,6 +296,29 @@ def test_a_compiler_that_fails_is_reported(no_compiler, monkeypatch, tmp_path):
     with pytest.raises(UserError, match="CXX names, 'absent'"):
         selected_kernel()
     assert not list((tmp_path / "cache" / "dsmoe").iterdir()), "nothing may be left in the cache"
+
+
+def test_a_compiler_that_hangs_is_ended_with_all_its_processes(no_compiler, monkeypatch, tmp_path):
+    """What a compiler's driver starts would run on without it, and a second attempt take as long again."""
+    compiler, tries = tmp_path / "slow", tmp_path / "tries"
+    path = os.environ["PATH"]
+    compiler.write_text(
+        f"#!/bin/sh\necho try >> {tries}\nPATH=/usr/bin:/bin\nsleep 60 &\necho $! > {tmp_path}/child\nwait\n",
+        encoding="utf-8",
+    )
+    compiler.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{path}:/usr/bin:/bin")
+    monkeypatch.setenv("CXX", "slow")
+    monkeypatch.setenv(selection.VARIABLE, "cpp")
+    monkeypatch.setattr(build, "_COMPILE_SECONDS", 1)
+    with pytest.raises(UserError, match="slow failed: it took longer than 1 seconds"):
+        selected_kernel()
+    assert tries.read_text(encoding="utf-8").splitlines() == ["try"]
+    child = Path(f"/proc/{(tmp_path / 'child').read_text(encoding='utf-8').strip()}/stat")
+    gone = time.monotonic() + 10
+    while child.exists() and ") Z" not in child.read_text(encoding="utf-8") and time.monotonic() < gone:
+        time.sleep(0.05)
+    assert not child.exists() or ") Z" in child.read_text(encoding="utf-8")
 
 
 def test_a_damaged_library_is_replaced_and_then_kept(cpp_kernel, monkeypatch, tmp_path):

@@ -15,7 +15,7 @@ from dsmoe.checkpoint import save_pretrained
 from dsmoe.checkpoint.pretrained import load_pretrained
 from dsmoe.errors import UserError
 from dsmoe.files import read_json
-from dsmoe.model import remove_experts, set_routing, use_routing
+from dsmoe.model import quantize_int8, remove_experts, set_routing, use_routing
 from dsmoe.model.routing import keep_experts
 
 IDS = torch.arange(1, 13).view(2, 6)
@@ -134,6 +134,15 @@ def test_refusals_change_nothing(tiny_model, part, kept, message):
     assert "\n" not in str(caught.value)
     assert model.config.to_dict() == config
     assert all(before is after for before, after in zip(parameters, model.parameters()))
+
+
+def test_experts_in_int8_are_refused(tiny_model):
+    model = tiny_model(dtype=torch.float32)
+    quantize_int8(model)
+    config = copy.deepcopy(model.config.to_dict())
+    with pytest.raises(UserError, match="in int8; remove experts first"):
+        remove_experts(model, "mlp", KEPT)
+    assert model.config.to_dict() == config
 
 
 def test_policies_are_checked_against_what_remains(tiny_model):

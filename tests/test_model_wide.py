@@ -1,11 +1,13 @@
 """The wide dense path: recompute, blocks of tokens, both layouts of the output projections; against a naive loop."""
 
+import weakref
+
 import pytest
 import torch
 from torch.nn import functional
 from torch.utils.flop_counter import FlopCounterMode
 
-from dsmoe.model import set_recompute
+from dsmoe.model import set_recompute, wide
 from dsmoe.model.wide import _blocks, wide_experts
 
 CLOSE = {"rtol": 1e-10, "atol": 1e-10}
@@ -194,3 +196,21 @@ def test_set_recompute(tiny_model):
         torch.testing.assert_close(a, b, **CLOSE)
     set_recompute(model, False)
     assert not model.model.layers[0].mlp.experts.recompute
+
+
+@pytest.mark.parametrize("grad", [True, False])
+def test_without_gradients_no_block_outlives_its_turn(monkeypatch, grad):
+    """The inputs of an autograd.Function ask for gradients where torch.no_grad() says that there are none."""
+    x, gates, up, down = leaves(num_tokens=12, dtype=torch.float32)
+    activation, alive, most = wide.gated_activation, weakref.WeakSet(), []
+
+    def noted(h, *rest):
+        alive.add(h)
+        most.append(len(alive))
+        return activation(h, *rest)
+
+    monkeypatch.setattr(wide, "gated_activation", noted)
+    monkeypatch.setattr(wide, "inference_experts", lambda *rest: None)
+    with torch.set_grad_enabled(grad):
+        wide_experts(x, gates, up, down, "swiglu", block_tokens=3)
+    assert len(most) == 4 and max(most) == (4 if grad else 1)

@@ -382,3 +382,14 @@ def test_trackers(train):
         if "lm_loss" in found.Tags()["scalars"]:
             steps[folder] = [event.step for event in found.Scalars("lm_loss")]
     assert list(steps.values()) == [[1, 2], [1, 2]], steps
+
+
+def test_a_dense_twin_may_keep_the_policy_of_its_moe():
+    """Sparse validation is a DS-MoE's; a recipe that both read names k among the experts of one."""
+    config = RunConfig()
+    config.data.path, config.train.eval_policy = "text", {"policy": "top_k", "k": 4}
+    config.model.kind, config.model.num_experts = "dense", 1
+    config.check()
+    config.model.kind, config.model.num_experts = "dsmoe", 2
+    with pytest.raises(UserError, match="k is 4"):
+        config.check()

@@ -16,6 +16,9 @@ MLP_TYPES = ("swiglu", "gelu")
 QK_NORMS = ("none", "full", "per_head")
 ROUTER_TYPES = ("linear", "mlp")
 GATE_NORMALIZATIONS = ("softmax", "l2", "renormalized")
+# may be given as whole numbers, as JSON and YAML have them
+_FLOATS = ("mlp_gate_scale", "attention_gate_scale", "gate_constant", "rope_theta", "rms_norm_eps",
+           "initializer_range", "router_initializer_range")  # fmt: skip
 
 
 @strict
@@ -43,8 +46,8 @@ class DSMoEConfig(PreTrainedConfig):
         gate_normalization: how gates follow from p, the softmax over all N experts: "softmax": scale * p;
             "l2": scale * p / ||p||; "renormalized": scale * p / (sum of p over the kept experts).
         mlp_gate_scale: the scale above for MLP experts; null: N ("softmax" and "renormalized"; in an SMoE with
-            "renormalized" the k of its top_k policy), sqrt(N) ("l2"). With it the layer of a uniform router
-            equals the dense twin's.
+            "renormalized" the k of its top_k policy, which must be one for all layers), sqrt(N) ("l2"). With it the
+            layer of a uniform router equals the dense twin's.
         attention_gate_scale: the same for attention experts.
         gate_constant: c from 0 to below 1: the gate of a kept MLP expert is c + (1 - c) * g, g being the gate that the
             two above give; that of a dropped one stays 0. With all experts each then has at least c. Attention experts
@@ -91,9 +94,9 @@ class DSMoEConfig(PreTrainedConfig):
     router_type: str = "linear"
     router_hidden_size: int = 0
     gate_normalization: str = "softmax"
-    mlp_gate_scale: float | None = None
-    attention_gate_scale: float | None = None
-    gate_constant: float = 0.0
+    mlp_gate_scale: float | int | None = None
+    attention_gate_scale: float | int | None = None
+    gate_constant: float | int = 0.0
     mlp_routing: list | dict | None = None
     attention_routing: list | dict | None = None
     mlp_kept_experts: list | None = None
@@ -101,11 +104,11 @@ class DSMoEConfig(PreTrainedConfig):
     normalize_embeddings: bool = False
     tie_word_embeddings: bool = True
     max_position_embeddings: int = 2048
-    rope_theta: float = 10000.0
+    rope_theta: float | int = 10000.0
     rope_parameters: dict | None = None
-    rms_norm_eps: float = 1e-5
-    initializer_range: float = 0.02
-    router_initializer_range: float | None = None
+    rms_norm_eps: float | int = 1e-5
+    initializer_range: float | int = 0.02
+    router_initializer_range: float | int | None = None
     use_cache: bool = True
     bos_token_id: int | None = None
     eos_token_id: int | None = None
@@ -113,7 +116,16 @@ class DSMoEConfig(PreTrainedConfig):
 
     @classmethod
     def from_dict(cls, config_dict: dict[str, Any], **kwargs: Any) -> Any:
-        """A config from what a config.json holds; UserError names a field of the wrong type."""
+        """A config from what a config.json holds, with the fields in `kwargs` in its place.
+
+        Raises:
+            UserError: a field of the wrong type, or an impossible combination.
+        """
+        # transformers would set them on the finished config, derived from the others and checked as it then is
+        own = {name: kwargs.pop(name) for name in DSMoEConfig.__annotations__ if name in kwargs}
+        config_dict = {**config_dict, **own}
+        if "rope_theta" in own and "rope_parameters" not in own:
+            config_dict.pop("rope_parameters", None)
         try:
             return super().from_dict(config_dict, **kwargs)
         except StrictDataclassError as error:
@@ -121,6 +133,9 @@ class DSMoEConfig(PreTrainedConfig):
 
     def __post_init__(self, **kwargs: Any) -> None:
         """Derive what is null and check the whole."""
+        for name in _FLOATS:
+            if isinstance(getattr(self, name), int):
+                setattr(self, name, float(getattr(self, name)))
         for name, known in (
             ("kind", KINDS),
             ("mlp_type", MLP_TYPES),
@@ -224,11 +239,19 @@ class DSMoEConfig(PreTrainedConfig):
             if self.gate_normalization == "l2":
                 scale = num_experts**0.5
             elif self.gate_normalization == "renormalized" and self.kind == "smoe":
-                policies = getattr(self, f"{part}_routing")
-                ks = {policy["k"] if policy["policy"] == "top_k" else None for policy in policies}
-                if len(ks) == 1 and None not in ks:
-                    scale = float(ks.pop())
+                scale = float(self._common_k(part))
             setattr(self, name, scale)
+
+    def _common_k(self, part: str) -> int:
+        """How many experts a token keeps, where that is one number for all layers."""
+        num_experts, policies = self.num_experts_of(part), getattr(self, f"{part}_routing")
+        ks = {policy.get("k", num_experts) for policy in policies}
+        if len(ks) > 1 or any(policy["policy"] not in ("dense", "top_k") for policy in policies):
+            raise UserError(
+                f"model.{part}_gate_scale is null: with renormalized gates it is the one k of all layers, which "
+                f"{part}_routing doesn't have; give the scale, about the number of experts that a token keeps"
+            )
+        return ks.pop()
 
     def _check_kind(self) -> None:
         if self.kind == "dense" and (self.num_experts > 1 or self.num_attention_experts > 1):

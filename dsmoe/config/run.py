@@ -213,9 +213,10 @@ class RunConfig:
     def check(self) -> None:
         """Raise UserError on values that can't work, naming the field."""
         check_ranges(self)
-        self.train.eval_policy = check_policy(
-            self.train.eval_policy, self.model.num_experts, "train.eval_policy"
-        )
+        if self.model.kind == "dsmoe":
+            self.train.eval_policy = check_policy(
+                self.train.eval_policy, self.model.num_experts, "train.eval_policy"
+            )
         if not self.data.path:
             raise UserError("data.path is empty; give a token folder made by `dsmoe data prepare`")
         if self.optim.schedule == "wsd" and self.optim.warmup_fraction + self.optim.decay_fraction > 1:

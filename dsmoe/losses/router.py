@@ -165,8 +165,19 @@ def router_losses(
         layer_weights_L: [L] factors of the layers in the sum of the mutual information; None: ones.
 
     Returns:
-        RouterLosses.
+        RouterLosses, in the dtype of the logits, also where autocast is on.
     """
+    with torch.autocast(logits[0].device.type, enabled=False):
+        return _router_losses(logits, statistics, token_mask, mean_probs_LN, layer_weights_L)
+
+
+def _router_losses(
+    logits: Sequence[Tensor],
+    statistics: RouterStatistics,
+    token_mask: Tensor | None,
+    mean_probs_LN: Tensor | None,
+    layer_weights_L: Tensor | None,
+) -> RouterLosses:
     logits_LTN, mask_T = stack_layers(logits, token_mask)
     dtype = logits_LTN.dtype
     total = statistics.num_tokens.clamp(min=1)

@@ -22,6 +22,7 @@ from dsmoe.model.mlp import MixtureMLP
 from dsmoe.model.moa import MixtureOfHeads
 from dsmoe.model.norm import RMSNorm, rms_normalize
 from dsmoe.model.outputs import DSMoECausalLMOutput, DSMoEModelOutput
+from dsmoe.model.policy import Policies, policies_of, under_policies
 from dsmoe.model.rotary import RotaryEmbedding
 from dsmoe.model.router import Router
 from dsmoe.model.weights import register_disk_layout
@@ -41,8 +42,19 @@ class DSMoEDecoderLayer(GradientCheckpointingLayer):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """Hidden states [B, S, D] to hidden states, MLP router logits [B, S, N], attention router logits [B, S, A]."""
+    def forward(
+        self, hidden_states: Tensor, policies: Policies | None = None, **kwargs: Any
+    ) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """Hidden states [B, S, D] to hidden states, MLP router logits [B, S, N], attention router logits [B, S, A].
+
+        With `policies` these are taken in place of the config's.
+        """
+        if policies is not None:
+            with under_policies(self.mlp.config, policies):
+                return self._forward(hidden_states, **kwargs)
+        return self._forward(hidden_states, **kwargs)
+
+    def _forward(self, hidden_states: Tensor, **kwargs: Any) -> tuple[Tensor, Tensor | None, Tensor | None]:
         hidden_states, attention_logits = self.attend(hidden_states, **kwargs)
         hidden_states, mlp_logits = self.mix(hidden_states)
         return hidden_states, mlp_logits, attention_logits
@@ -149,7 +161,7 @@ class DSMoEModel(DSMoEPreTrainedModel):
             input_ids: [B, S] int64; or give `inputs_embeds` [B, S, D].
             attention_mask: [B, past + S], 0 on padding.
             position_ids: [B, S]; where they restart inside a row, documents are isolated from each other
-                (only without attention mask and cache; with flash attention a batch of one row alone).
+                (only without attention mask and `past_key_values`; with flash attention a batch of one row alone).
             past_key_values: the cache to continue.
             inputs_embeds: see `input_ids`; as the table has them, for `normalize_embeddings` divides these by their root
                 mean square too.
@@ -165,9 +177,10 @@ class DSMoEModel(DSMoEPreTrainedModel):
             inputs_embeds = self.embed_tokens(input_ids)
         if self.config.normalize_embeddings:
             inputs_embeds = rms_normalize(inputs_embeds, self.config.rms_norm_eps)
+        # transformers looks for packed documents only where there is no cache, not even an empty one
+        given, given_cache = position_ids, past_key_values
         if use_cache and past_key_values is None:
             past_key_values = DynamicCache(config=self.config)
-        given = position_ids
         if position_ids is None:
             seen = past_key_values.get_seq_length() if past_key_values is not None else 0
             position_ids = (torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device) + seen)[None]
@@ -175,14 +188,17 @@ class DSMoEModel(DSMoEPreTrainedModel):
             config=self.config,
             inputs_embeds=inputs_embeds,
             attention_mask=attention_mask,
-            past_key_values=past_key_values,
+            past_key_values=given_cache,
             # looked at for packed documents, for which the host waits; our own have none
             position_ids=given,
         )
         if given is not None:
             # flash attention is given no mask and finds the documents here
-            refuse_rows_of_documents(self.config._attn_implementation, given, causal_mask, past_key_values)
+            refuse_rows_of_documents(self.config._attn_implementation, given, causal_mask, given_cache)
             kwargs["position_ids"] = given
+        if self.gradient_checkpointing and self.training:
+            # a layer is computed again in the backward pass, by when the config may hold other policies
+            kwargs["policies"] = policies_of(self.config)
         hidden_states = inputs_embeds
         position_embeddings = self.rotary_emb(hidden_states, position_ids)
         logits = []

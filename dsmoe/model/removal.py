@@ -10,6 +10,7 @@ from dsmoe.config.kept import kept_per_layer
 from dsmoe.config.routing import policies_per_layer
 from dsmoe.errors import UserError
 from dsmoe.model.experts import Experts
+from dsmoe.model.int8 import Int8Experts
 from dsmoe.model.moa import MixtureOfHeads
 
 
@@ -27,8 +28,8 @@ def remove_experts(model: PreTrainedModel, part: str, kept: Sequence[Sequence[in
             layer still stores.
 
     Raises:
-        UserError: an expert that isn't there, a layer without any, or a policy whose k is above the number that
-            remain; nothing is changed then.
+        UserError: an expert that isn't there, a layer without any, a policy whose k is above the number that remain,
+            or experts in int8; nothing is changed then.
     """
     config = model.config
     if part not in ("mlp", "attention"):
@@ -44,6 +45,8 @@ def remove_experts(model: PreTrainedModel, part: str, kept: Sequence[Sequence[in
         if gone:
             raise UserError(f"{field}[{layer}]: expert {gone[0]} was removed before; present are {before}")
     policies_per_layer(getattr(config, f"{part}_routing"), layers, num_experts, f"{part}_routing", wanted)
+    if part == "mlp" and any(isinstance(module, Int8Experts) for module in model.modules()):
+        raise UserError("the experts are in int8; remove experts first, then call quantize_int8")
     for module in model.modules():
         if isinstance(module, Experts if part == "mlp" else MixtureOfHeads):
             before, entry = present[module.layer_idx], wanted[module.layer_idx]

@@ -38,14 +38,14 @@ class _Setting(NamedTuple):
         mlp_type: "swiglu" or "gelu".
         dtype: that of the GEMMs.
         down_layout: "NFD" or "NDF", the dimensions of the output projections.
-        recompute: don't keep the pre-activations.
+        keep: keep the pre-activations for the backward pass.
         blocks: the blocks of tokens.
     """
 
     mlp_type: str
     dtype: torch.dtype
     down_layout: str
-    recompute: bool
+    keep: bool
     blocks: Sequence[slice]
 
 
@@ -63,7 +63,7 @@ class _WideExperts(torch.autograd.Function):
         gates = None if gates_TN is None else gates_TN.to(setting.dtype)
         up_WD = up_NHD.to(setting.dtype).flatten(0, 1)
         down_WD = _down_matrix(down, setting)
-        keep = any(ctx.needs_input_grad) and not setting.recompute
+        keep = any(ctx.needs_input_grad) and setting.keep
         kept = []
 
         def block(rows: slice, out: Tensor | None) -> Tensor:
@@ -233,7 +233,9 @@ def wide_experts(
             return y_TD
     if block_tokens is None:
         block_tokens = _default_block_tokens(x_TD, up_NHD.shape[0] * up_NHD.shape[1], dtype, recompute)
-    setting = _Setting(mlp_type, dtype, down_layout, recompute, _blocks(x_TD.shape[0], block_tokens))
+    # asked here: inside of an autograd.Function gradients always are off, and its inputs need some all the same
+    keep = torch.is_grad_enabled() and not recompute
+    setting = _Setting(mlp_type, dtype, down_layout, keep, _blocks(x_TD.shape[0], block_tokens))
     with torch.autocast(x_TD.device.type, enabled=False):
         return _WideExperts.apply(x_TD, gates_TN, up_NHD, down, setting)
 

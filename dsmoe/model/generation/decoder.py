@@ -143,14 +143,17 @@ class Decoder:
         """Forget all tokens but the first ones of each sequence, so that `step` goes on from there.
 
         Args:
-            length: tokens that stay, padding included; at least 1 and at most `self.length`.
+            length: tokens that stay, padding included; one real token of each sequence at least, and at most
+                `self.length`.
 
         Raises:
             UserError: it is out of range.
         """
-        if not 1 <= length <= self.length:
+        least = int(self._starts.max()) + 1
+        if not least <= length <= self.length:
             raise UserError(
-                f"length is {length}; it must be from 1 to the {self.length} tokens that are there"
+                f"length is {length}; it must be from {least} (the longest padding and a token) to the {self.length} "
+                "tokens that are there"
             )
         self.length = length
         self.cache.fill(length)

@@ -121,9 +121,14 @@ def sample_of_transformers(
     mask = model_kwargs.get("attention_mask")
     if synced_gpus or not _is_covered(model, input_ids, stopping_criteria, generation_config, model_kwargs):
         return None
-    decoder = Decoder(
-        model, max(stopping_criteria.max_length - 1, input_ids.shape[1]), input_ids.shape[0], "cpp"
-    )
+    slots = max(stopping_criteria.max_length - 1, input_ids.shape[1])
+    try:
+        decoder = Decoder(model, slots, input_ids.shape[0], "cpp")
+    except (
+        RuntimeError
+    ):  # torch's for memory that can't be had; transformers' cache grows with what is generated
+        tell_once(f"a cache of {slots:,} slots doesn't fit into memory")
+        return None
     as_dict = generation_config.return_dict_in_generate
     keeps_scores, keeps_logits = (
         as_dict and wanted for wanted in (generation_config.output_scores, generation_config.output_logits)

@@ -12,6 +12,7 @@ import os
 import platform
 import shlex
 import shutil
+import signal
 import subprocess
 import tempfile
 from collections.abc import Callable
@@ -125,21 +126,37 @@ def compiler() -> list[str]:
 
 def _compile(source: Path, path: Path) -> None:
     command = [*compiler(), *_FLAGS, str(source), "-o", str(path)]
-    # some compilers know no -march=native on their processor
-    error = _run([*command, "-march=native"]) and _run(command)
+    try:
+        # some compilers know no -march=native on their processor
+        error = _run([*command, "-march=native"]) and _run(command)
+    except subprocess.TimeoutExpired:
+        error = f"it took longer than {_COMPILE_SECONDS} seconds"
     if error:
         raise KernelUnavailable(f"{command[0]} failed: {error}")
 
 
 def _run(command: list[str]) -> str:
-    """What went wrong, in one line; empty if nothing did."""
+    """What went wrong, in one line; empty if nothing did.
+
+    Raises:
+        subprocess.TimeoutExpired: it was not ready in time; nothing of it runs on.
+    """
+    pipes = {"stdout": subprocess.DEVNULL, "stderr": subprocess.PIPE}
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=_COMPILE_SECONDS, check=False)
-    except (OSError, subprocess.TimeoutExpired) as error:
+        # a group of its own: the command is but the driver of the compiler, which would outlive it
+        process = subprocess.Popen(command, **pipes, text=True, start_new_session=True)  # type: ignore[call-overload]
+    except OSError as error:
         return str(error)
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
+    try:
+        _, output = process.communicate(timeout=_COMPILE_SECONDS)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            os.killpg(process.pid, signal.SIGKILL)
+        process.communicate()
+        raise
+    lines = [line for line in output.splitlines() if line.strip()]
     return (
         ""
-        if done.returncode == 0
-        else next((s for s in lines if "error" in s), f"exit status {done.returncode}")
+        if process.returncode == 0
+        else next((s for s in lines if "error" in s), f"exit status {process.returncode}")
     )
