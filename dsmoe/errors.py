@@ -1,9 +1,14 @@
 """The one exception for bad input: a single clear line for the user, exit status 2, no traceback."""
 
+import errno
 import os
+import re
 import sys
 from collections.abc import Callable
 from typing import Any
+
+# no space, quota used up, file larger than the file system or the shell's limit allows
+_FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 
 class UserError(ValueError):
@@ -20,11 +25,19 @@ def reason_of(error: BaseException) -> str:
     return " ".join(str(error).split()) if first.endswith(":") else first
 
 
+def disk_is_full(error: BaseException) -> bool:
+    """Whether an OSError, or one that safetensors passes on as text, says that there is no room."""
+    number = getattr(error, "errno", None)
+    if number is None and (match := re.search(r"\(os error (\d+)\)", str(error))):
+        number = int(match[1])
+    return number in _FULL
+
+
 def run_reporting_errors(function: Callable[[], Any]) -> int:
     """Call `function()` and return the exit status of the command.
 
-    A UserError, and what the system says of a file or folder, becomes one line on stderr and status 2; Ctrl-C 130; a
-    closed pipe 141.
+    A UserError, a full disk, and what the system says of a file or folder, becomes one line on stderr and status 2;
+    Ctrl-C 130; a closed pipe 141.
     """
     try:
         function()
@@ -37,8 +50,9 @@ def run_reporting_errors(function: Callable[[], Any]) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
     except OSError as error:
-        # without a file's name (a network, a full disk in the midst of writing), or with the URL that urllib puts there,
-        # one line would say too little
+        if disk_is_full(error):
+            return _told_full(error)
+        # without a file's name (a network), or with the URL that urllib puts there, one line would say too little
         if error.filename is None or error.strerror is None:
             raise
         # of a renaming the second name is the one that the user gave; the first is a temporary one
@@ -47,4 +61,20 @@ def run_reporting_errors(function: Callable[[], Any]) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
+    except Exception as error:
+        # safetensors has an exception of its own
+        if disk_is_full(error):
+            return _told_full(error)
+        raise
     return 0
+
+
+def _told_full(error: Exception) -> int:
+    name = getattr(error, "filename", None)
+    where = "" if name is None else f"{name}: "
+    words = " ".join(str(getattr(error, "strerror", None) or error).split())
+    print(
+        f"error: {where}the disk is full ({words}); make room, and give the same command again",
+        file=sys.stderr,
+    )
+    return 2

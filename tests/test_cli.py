@@ -5,6 +5,7 @@ import sys
 import urllib.error
 
 import pytest
+from safetensors import SafetensorError
 
 from dsmoe import cli
 from dsmoe.errors import run_reporting_errors
@@ -97,7 +98,6 @@ def test_what_the_system_says_of_a_file_is_one_line(tmp_path, capsys):
 @pytest.mark.parametrize(
     "error",
     [
-        OSError(28, "No space left on device"),
         ConnectionResetError(104, "Connection reset by peer"),
         urllib.error.HTTPError("https://somewhere", 500, "broken", {}, None),
     ],
@@ -106,6 +106,22 @@ def test_what_the_system_says_of_a_file_is_one_line(tmp_path, capsys):
 def test_without_a_file_it_stays_a_traceback(error):
     with pytest.raises(type(error)):
         run_reporting_errors(raising(error))
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(28, "No space left on device"),
+        OSError(27, "File too large", "runs/x"),
+        SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"),
+    ],
+    ids=str,
+)
+def test_a_full_disk_is_one_line(error, capsys):
+    assert run_reporting_errors(raising(error)) == 2
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith("error: ") and "the disk is full" in line and "make room" in line
+    assert ("runs/x" in line) == (getattr(error, "filename", None) is not None)
 
 
 def test_an_output_that_cannot_be_made(tmp_path, capsys):

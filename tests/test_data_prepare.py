@@ -5,6 +5,8 @@ import json
 from collections import Counter
 
 import numpy as np
+import pyarrow
+import pyarrow.parquet
 import pytest
 from transformers import AutoTokenizer
 
@@ -372,7 +374,7 @@ BAD = {
     ),
     "null": (["--source", "{dir}/null.jsonl"], "null.jsonl:1: field 'text' is None, and a string is wanted"),
     "gzip": (["--source", "{dir}/b.jsonl.gz"], "b.jsonl.gz: damaged gzip file"),
-    "parquet": (["--source", "{dir}/c.parquet"], "c.parquet: not a Parquet file"),
+    "parquet": (["--source", "{dir}/c.parquet"], "c.parquet: can't be read as Parquet"),
     "folder": (["--source", "{dir}/empty"], "empty: no documents in this folder"),
     "one document": (["--source", "{dir}/one.txt"], "1 document(s), too few to hold out any"),
     "blank": (["--source", "{dir}/blank.txt"], "no text to train a tokenizer on"),
@@ -497,3 +499,16 @@ def test_the_sources_are_not_replaced(tmp_path, capsys):
         assert prepare(*options, *trained, "--overwrite", output=output) == 2
         assert "which is read" in capsys.readouterr().err
     assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_damaged_pages_of_parquet_are_one_line(tmp_path, capsys):
+    """pyarrow says so by an OSError that names no file."""
+    rows = [f"document {number} " * 40 for number in range(400)]
+    pyarrow.parquet.write_table(pyarrow.table({"text": rows}), tmp_path / "d.parquet", compression="snappy")
+    whole = (tmp_path / "d.parquet").read_bytes()
+    middle = len(whole) // 3
+    (tmp_path / "d.parquet").write_bytes(whole[:middle] + bytes(64) + whole[middle + 64 :])
+    assert cli.main(["data", "prepare", "--source", str(tmp_path / "d.parquet"), "--train-tokenizer", "300",
+                 "--output", str(tmp_path / "out")]) == 2  # fmt: skip
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: ")]
+    assert "d.parquet: can't be read as Parquet" in line

@@ -1,6 +1,7 @@
 """`dsmoe data prepare` that is interrupted: what was done is kept, and the end is the same to the byte."""
 
 import json
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ from dsmoe import cli
 from dsmoe.data import tokenization, unfinished
 from dsmoe.data.documents import document_key
 from dsmoe.data.shards import ShardWriter
+from dsmoe.data.tokenization import batched_by_size
 from dsmoe.lock import FolderLock
 
 WORDS = ["the", "cat", "dog", "bird", "sat", "on", "over", "a", "mat", "tree", "house", "end."]
@@ -212,3 +214,31 @@ def test_rows_without_their_tokens_are_dropped(tmp_path):
         again.commit()
     found = np.fromfile(again.tokens_path, dtype="<u2")
     assert found.tolist() == [*np.frombuffer(tokens[:20], dtype="<u2"), *range(9)]
+
+
+def test_what_is_read_ahead_of_the_cut_is_not_counted(texts, encoded, monkeypatch):
+    """How far that is depends on where a run was interrupted, and the counts are part of the fingerprint."""
+    lines = documents(60, 4)
+    # duplicates and a blank before the cut, and behind it
+    write(
+        texts / "big.jsonl", [*lines[:8], lines[2], " ", *lines[8:20], lines[1], *lines[20:], lines[5], "  "]
+    )
+    cut = ["--max-tokens", "big=300"]
+    assert prepare(texts, *cut, output="whole") == 0
+    meta = json.loads((texts / "whole" / "meta.json").read_text())
+    documents_used = sum(part["num_documents"] for part in meta["sources"][0]["splits"].values())
+    assert 8 < documents_used < 20, "the cut is between the duplicates"
+    dropped = [meta["sources"][0][f"{name}_dropped"] for name in ("duplicates", "empty")]
+    assert dropped == [1, 1]
+    for batch in (1, 3, 50):
+        with monkeypatch.context() as patch:
+            patch.setattr(tokenization, "batched_by_size", partial(batched_by_size, batch_documents=batch))
+            assert prepare(texts, *cut, output=f"by-{batch}") == 0
+        assert contents(texts / f"by-{batch}") == contents(texts / "whole")
+
+
+def test_a_source_can_not_hide_its_shards(texts, capsys):
+    options = ["--source", f".hidden={texts / 'big.jsonl'}"]
+    assert prepare(texts, *options) == 2
+    assert "Traceback" not in capsys.readouterr().err
+    assert not (texts / "corpus").exists()

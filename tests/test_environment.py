@@ -1,5 +1,6 @@
 """What a record says of the code that made it."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -48,3 +49,31 @@ def test_a_machine_is_named_by_what_computes():
     assert machine_name(cpu) == "Some CPU, AVX2"
     assert machine_name({**cpu, "accelerators": ["A", "A", "B"]}) == "2 A, 1 B"
     assert machine_name({}) == ""
+
+
+def test_the_environment_is_of_the_constraints_at_hand(tmp_path):
+    """Going back to earlier ones installs them again; other extras of the same ones stay installed."""
+    (tmp_path / "configs").mkdir()
+    (tmp_path / "setup.py").write_text("")
+    python = tmp_path / "venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/calls\n')
+    python.chmod(0o755)
+    script = Path(__file__).parents[1] / "train" / "environment.sh"
+    environment = {**os.environ, "DSMOE_VENV": "venv"}
+
+    def installs(constraints, extras):
+        (tmp_path / "configs" / "constraints.txt").write_text(constraints)
+        (tmp_path / "calls").write_text("")
+        command = ["bash", "-euc", f"source {script} '{extras}'"]
+        subprocess.run(command, cwd=tmp_path, env=environment, check=True)
+        return (tmp_path / "calls").read_text().splitlines()
+
+    assert len(installs("torch==1", "")) == 1
+    (line,) = installs("torch==1", "[test]")
+    assert line.endswith("-e .[test]")
+    assert not installs("torch==1", "") and not installs("torch==1", "[test]")
+    for constraints in ("torch==2", "torch==1"):
+        assert len(installs(constraints, "")) == 1
+        assert not installs(constraints, "")
+    assert len(installs("torch==1", "[test]")) == 1

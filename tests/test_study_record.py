@@ -373,6 +373,18 @@ def test_runs_that_another_study_trained_are_taken(place):
     assert json.loads((place / "other-record" / "results.json").read_text())["runs"] == results["runs"]
 
 
+def test_one_run_of_another_study_may_be_several_of_this(place):
+    """Such as the group that a grid varies and the point of the grid that varies nothing."""
+    assert run(place) == 0
+    twin = OTHER["groups"]["twin"]
+    assert run_other(place, groups={"twin": twin, "again": twin}) == 0
+    lines = [json.loads(line) for line in (place / "other-record" / "logs.jsonl").read_text().splitlines()]
+    found = {line["run"]: line["lm_loss"] for line in lines}
+    assert found["twin-s1"] == found["again-s1"] == 4.0
+    results = json.loads((place / "other-record" / "results.json").read_text())
+    assert {row["name"] for row in results["runs"]} == {"twin-s1", "twin-s2", "again-s1", "again-s2"}
+
+
 def test_of_another_text_nothing_is_taken(place):
     assert run(place) == 0
     (place / "text" / "meta.json").write_text("2")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -14,6 +15,7 @@ from dsmoe.config.run import RunConfig, TrainSettings
 from dsmoe.errors import UserError
 from dsmoe.trainer.command import main
 from dsmoe.trainer.launch import count_micro_batches, start_trackers
+from dsmoe.trainer.loop import TrainingRun
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -393,3 +395,52 @@ def test_a_dense_twin_may_keep_the_policy_of_its_moe():
     config.model.kind, config.model.num_experts = "dsmoe", 2
     with pytest.raises(UserError, match="k is 4"):
         config.check()
+
+
+@pytest.mark.parametrize("name", ["checkpoints", "final", "log.jsonl"])
+def test_a_folder_of_somebody_else_is_not_cleared(train, tmp_path, capsys, name):
+    theirs = tmp_path / "run" / name
+    theirs.parent.mkdir()
+    theirs.write_text("theirs") if "." in name else theirs.mkdir()
+    for options in ({}, {"train__resume": True}):
+        assert train("run", **options).status == 2
+        assert f"holds {name!r}, which a run would replace, and no run" in capsys.readouterr().err
+        assert theirs.exists() and not (tmp_path / "run" / "environment.json").exists()
+    assert train("run", train__overwrite=True).status == 0
+
+
+def test_a_run_that_ended_before_its_first_checkpoint_starts_again(train, monkeypatch):
+    def interrupted(self):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TrainingRun, "run", interrupted)
+        assert train("run").status == 130
+    assert train("run", train__resume=True).status == 0
+
+
+def test_a_run_does_not_replace_what_it_reads(train, tmp_path, capsys):
+    """Neither a model folder nor the run whose model is trained on: resuming would find neither."""
+    first = train("first")
+    model = tmp_path / "model"
+    shutil.copytree(first.folder / "final", model)
+    before = sorted(model.iterdir()), (model / "config.json").read_bytes(), first.log()
+    for output, given in (
+        ("model", {"train__init_from": str(model)}),
+        ("first", {"train__init_from": str(first.folder), "train__overwrite": True}),
+        ("first", {"train__init_from": str(first.folder / "final"), "train__overwrite": True}),
+        ("model", {"distillation__teacher": str(model), "distillation__coef": 0.5}),
+    ):
+        capsys.readouterr()
+        assert train(output, **given).status == 2
+        assert "stands there, which is read; name another folder" in capsys.readouterr().err
+    assert before == (sorted(model.iterdir()), (model / "config.json").read_bytes(), first.log())
+    assert train("second", train__init_from=str(first.folder)).status == 0
+
+
+def test_a_comparison_goes_with_its_run(train):
+    train("a")
+    run = train("b", "--compare_to", str(train("a", train__resume=True).folder), optim__learning_rate=0.001)
+    assert (run.folder / "comparison.json").exists()
+    assert train("b", optim__learning_rate=0.001, train__overwrite=True).status == 0
+    assert not (run.folder / "comparison.json").exists()

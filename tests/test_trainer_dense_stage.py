@@ -166,3 +166,23 @@ def test_a_stage_that_another_run_is_writing_is_left_to_it(train, stage, tmp_pat
         assert train("run", **stage, **ARMS["half"]).status == 0
         assert half.is_dir() and not (folder / "log.jsonl").exists()
     assert "left to another run" in capsys.readouterr().err
+
+
+def test_a_damaged_stage_says_what_helps(train, stage, tmp_path, capsys):
+    train("first", **stage, **ARMS["half"])
+    weights = next((tmp_path / "stage").rglob("model.safetensors"))
+    weights.write_bytes(weights.read_bytes()[:100])
+    capsys.readouterr()
+    assert train("second", **stage, **ARMS["several"], train__overwrite=True).status == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert line.endswith("remove that folder, or name another mask_phase.dense_stage")
+    assert "train.output_dir" not in line
+
+
+def test_a_stage_of_a_run_with_all_experts_among_its_targets(train, stage):
+    """Its threshold is 0, from which no other moves away."""
+    targets = {"mask_phase__targets": [1.0, 0.5], "mask_phase__target_active": 0.9}
+    one = {"mask_phase__target_active": 0.5}
+    alone = train("alone", **PHASE, **one, train__micro_batch_size=4)
+    assert train("first", **stage, **targets).status == 0
+    assert train("second", **stage, **one).log() == alone.log()

@@ -11,7 +11,9 @@ if ! grep -qxF "$dsmoe_wanted" "$dsmoe_stamp" 2>/dev/null; then
   # the constraints hold for build environments too: an unpinned torch there would be a CUDA build
   PIP_CONSTRAINT="$PWD/configs/constraints.txt" "$DSMOE_VENV/bin/python" -m pip install --quiet \
     --disable-pip-version-check -e ".$1"
-  echo "$dsmoe_wanted" >> "$dsmoe_stamp"
+  # extras of these constraints stay installed, whatever was installed for others doesn't
+  { grep "^${dsmoe_wanted%% *} " "$dsmoe_stamp" 2>/dev/null || true; echo "$dsmoe_wanted"; } > "$dsmoe_stamp.new"
+  mv "$dsmoe_stamp.new" "$dsmoe_stamp"
 fi
 PATH="$(cd "$DSMOE_VENV/bin" && pwd):$PATH"
 export PATH

@@ -1,25 +1,12 @@
 """A full disk ends a run with one clear line."""
 
-import errno
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from dsmoe.errors import UserError
-
-# no space, quota used up, file larger than the file system or the shell's limit allows
-FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
-
-
-def disk_is_full(error: Exception) -> bool:
-    """Whether an OSError, or one that safetensors passes on as text, says that there is no room."""
-    number = getattr(error, "errno", None)
-    if number is None and (match := re.search(r"\(os error (\d+)\)", str(error))):
-        number = int(match[1])
-    return number in FULL
+from dsmoe.errors import UserError, disk_is_full
 
 
 @contextmanager

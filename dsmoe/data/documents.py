@@ -9,7 +9,7 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from dsmoe.errors import UserError
+from dsmoe.errors import UserError, reason_of
 
 JSONL_SUFFIXES = (".jsonl", ".jsonl.gz", ".ndjson", ".ndjson.gz")
 PARQUET_SUFFIXES = (".parquet",)
@@ -162,8 +162,11 @@ def _from_parquet(path: Path, text_field: str) -> Iterator[str]:
                 for value in batch.column(0):
                     number += 1
                     yield _text_of({text_field: value.as_py()}, text_field, f"{path}: row {number}")
-    except pyarrow.ArrowException as error:
-        raise UserError(f"{path}: not a Parquet file ({error})") from None
+    except (pyarrow.ArrowException, OSError) as error:
+        # damaged pages are an OSError without a file's name
+        if getattr(error, "filename", None) is not None:
+            raise
+        raise UserError(f"{path}: can't be read as Parquet ({reason_of(error)})") from None
 
 
 def _from_plain_text(path: Path, split_paragraphs: bool) -> Iterator[str]:

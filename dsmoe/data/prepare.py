@@ -9,6 +9,7 @@ An interrupted preparation goes on where it stopped (`dsmoe.data.unfinished`).
 """
 
 import importlib.metadata
+from collections import deque
 from collections.abc import Generator, Iterable, Iterator
 from contextlib import closing
 from itertools import islice
@@ -144,9 +145,12 @@ def _tokenize(
 ) -> dict[str, int]:
     """Read a source and put what `table` lacks of it there; returns how many documents were dropped."""
     dropped = {"duplicates_dropped": 0, "empty_dropped": 0}
-    fresh = _fresh(source.read(seed), seed, seen, dropped)
+    # the counts at each document that was read and isn't used yet: how far is read ahead must not show
+    ahead: deque[dict[str, int]] = deque()
+    fresh = _fresh(source.read(seed), seed, seen, dropped, ahead)
     with tqdm(desc=f"tokenizing {name}", unit=" tokens", unit_scale=True) as bar:
         _pass_over(fresh, seed, table, source)
+        ahead.clear()
         bar.update(table.total_tokens)
         for batch in tokenization.batched_by_size(fresh, 1 << 20):
             for place, (text, tokens) in enumerate(zip(batch, encoder.encode_batch(batch))):
@@ -154,7 +158,9 @@ def _tokenize(
                     # the rest of the batch was read and is not used: another source may still bring it
                     seen.difference_update(document_key(unused, seed) for unused in batch[place:])
                     fresh.close()
+                    dropped = ahead[0]
                     break
+                ahead.popleft()
                 table.add(document_key(text, seed), tokens, len(text.encode("utf-8")))
                 bar.update(len(tokens))
     table.commit()
@@ -182,9 +188,13 @@ def _pass_over(texts: Iterator[str], seed: int, table: DocumentTable, source: So
 
 
 def _fresh(
-    texts: Iterable[str], seed: int, seen: set[bytes], dropped: dict[str, int]
+    texts: Iterable[str],
+    seed: int,
+    seen: set[bytes],
+    dropped: dict[str, int],
+    ahead: deque[dict[str, int]],
 ) -> Generator[str, None, None]:
-    """Yield the texts that are neither blank nor seen before (in any source)."""
+    """Yield the texts that are neither blank nor seen before (in any source); `ahead` gets the counts at each."""
     for text in texts:
         key = document_key(text, seed)
         if not text.strip():
@@ -193,6 +203,7 @@ def _fresh(
             dropped["duplicates_dropped"] += 1
         else:
             seen.add(key)
+            ahead.append(dict(dropped))
             yield text
 
 

@@ -11,7 +11,8 @@ from dsmoe.data.documents import HUB_PREFIX, parse_hub, read_hub, read_texts
 from dsmoe.errors import UserError
 from dsmoe.files import load_yaml
 
-_NAME = re.compile(r"[A-Za-z0-9_.-]+")
+# no dot in front: such files are those of a preparation at work
+_NAME = re.compile(r"[A-Za-z0-9_-][A-Za-z0-9_.-]*")
 
 
 @dataclass(frozen=True)
@@ -266,7 +267,9 @@ def _parsed(text: str) -> Any:
 
 def _checked_name(name: Any, where: str) -> str:
     if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise UserError(f"{where}: {name!r} is no name of a source; use letters, digits, '_', '-' and '.'")
+        raise UserError(
+            f"{where}: {name!r} is no name of a source; use letters, digits, '_', '-' and '.', that not first"
+        )
     return name
 
 

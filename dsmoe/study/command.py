@@ -12,8 +12,7 @@ from typing import Any
 
 import yaml
 
-from dsmoe.checkpoint.diskfull import disk_is_full
-from dsmoe.errors import UserError, run_reporting_errors
+from dsmoe.errors import UserError, disk_is_full, run_reporting_errors
 from dsmoe.files import write_json, write_text
 from dsmoe.records import write_record
 from dsmoe.study.kept import Kept, read_kept

@@ -99,10 +99,10 @@ def _with_others(kept: Kept, study: Study, record: Path) -> Kept:
         for row in results["runs"]:
             if row.get("digest") == wanted and row["seed"] == run.seed and _same_text(study, run, row):
                 found[run.name] = row
-    names = {row["name"]: name for name, row in found.items()}
+    lines = _read_logs(record / "logs.jsonl", {row["name"] for row in found.values()})
     logs = {
-        names[name]: [json.dumps({**json.loads(line), "run": names[name]}) + "\n" for line in lines]
-        for name, lines in _read_logs(record / "logs.jsonl", names).items()
+        name: [json.dumps({**json.loads(line), "run": name}) + "\n" for line in lines[row["name"]]]
+        for name, row in found.items()
     }
     rows = {
         run.name: {

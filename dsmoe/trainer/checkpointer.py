@@ -176,6 +176,8 @@ class Checkpointer:
                 discard(self.folder / name)
             (self.folder / "log.jsonl").unlink(missing_ok=True)
             self.folder.mkdir(parents=True, exist_ok=True)
+            # by this a folder is known as a run's
+            write_json(self.folder / "environment.json", self.environment)
             if stage is not None:
                 take_log(stage, self.folder)
             return stage

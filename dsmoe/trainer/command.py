@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from jsonargparse import ArgumentParser, Namespace
 
 from dsmoe.checkpoint import clean_leftovers, holds_checkpoints, told_when_full
+from dsmoe.checkpoint.pretrained import model_folder
 from dsmoe.config.run import RunConfig
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.errors import UserError, run_reporting_errors
@@ -128,6 +129,7 @@ def _run(argv: Sequence[str] | None) -> None:
         print(resolved)
         return
     notes = [adopt_model(config), check_teacher(config)]
+    _refuse_to_replace_inputs(config)
     if arguments.compare_to:
         _check_twin(config, arguments.compare_to)
     accelerator = start(config)
@@ -161,6 +163,26 @@ def _check_twin(config: RunConfig, folder: str) -> None:
         raise UserError(f"--compare_to {error}") from None
 
 
+def _refuse_to_replace_inputs(config: RunConfig) -> None:
+    """A run may not write where a model stands that it reads, now or when it is resumed."""
+    root = Path(config.train.output_dir)
+    read = [
+        ("train.init_from", config.train.init_from),
+        ("distillation.teacher", config.distillation.teacher),
+    ]
+    read += [("mask_phase.policies", name) for name in config.mask_phase.policies]
+    written = [root, *(root / f"seed-{seed}" for seed in config.train.seeds)]
+    for setting, name in read:
+        if not name:
+            continue
+        model = model_folder(Path(name)).resolve()
+        for folder in (one.resolve() for one in written):
+            if model == folder or {folder / "final", folder / "checkpoints"} & {model, *model.parents}:
+                raise UserError(
+                    f"--train.output_dir {root}: {setting} {name} stands there, which is read; name another folder"
+                )
+
+
 def _take_over(root: Path, held: ExitStack) -> None:
     """Lock the folder of the run until `held` ends, and delete what a killed process has left half-written."""
     if not root.exists():
@@ -192,6 +214,9 @@ def _train_seeds(config: RunConfig, accelerator: Accelerator, signals: StopSigna
         if accelerator.is_main_process:
             # as it is run: with what the launcher asked for and the model of train.init_from
             write_text(root / "config.yaml", _as_yaml(config))
+            # of a run that stood here before; this one's are written at its end
+            for name in ("seeds.json", "comparison.json"):
+                (root / name).unlink(missing_ok=True)
         summaries.append(run.run())
         # otherwise its weights and moments would stand beside the next model's
         del run
@@ -253,7 +278,14 @@ def _finished(config: RunConfig, seed: int, folder: Path) -> dict[str, Any]:
 
 
 def _refuse_to_replace(config: RunConfig, folder: Path) -> None:
-    """Work done is never lost by starting the same command again."""
+    """Work done is never lost by starting the same command again, nor what isn't a run's by starting one beside it."""
+    ours = (folder / "environment.json").exists() or config.train.overwrite
+    found = [name for name in ("checkpoints", "final", "log.jsonl") if (folder / name).exists()]
+    if found and not ours:
+        raise UserError(
+            f"{folder}: holds {found[0]!r}, which a run would replace, and no run; name another --train.output_dir, or "
+            "replace it with --train.overwrite true"
+        )
     holds_run = (folder / "summary.json").exists() or holds_checkpoints(folder)
     if holds_run and not (config.train.resume or config.train.overwrite):
         raise UserError(

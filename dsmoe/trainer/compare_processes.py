@@ -187,6 +187,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--data", type=Path, metavar="FOLDER", help="token folder (default: random words)")
     parser.add_argument("--json", metavar="FILE", help="write the numbers to a file; - for stdout")
     parser.add_argument("--record", type=Path, metavar="DIR", help="write a record into a new folder")
+    parser.add_argument("--overwrite", action="store_true", help="replace an existing record")
     args = parser.parse_args(argv)
     args.command = " ".join(
         ["python eval/compare_processes.py", *(argv if argv is not None else sys.argv[1:])]
@@ -201,7 +202,7 @@ def _run(args: argparse.Namespace) -> dict[str, Any]:
     for name, low in (("steps", 3), ("rounds", 1), ("speed_steps", 1)):
         if getattr(args, name) < low:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(args, name)}; it must be at least {low}")
-    check_outputs(record=args.record, json=args.json)
+    check_outputs(record=args.record, overwrite=args.overwrite, json=args.json)
     with contextlib.ExitStack() as held:
         home = Path(held.enter_context(tempfile.TemporaryDirectory(prefix="compare-processes-")))
         bar = held.enter_context(tqdm(unit="launch", file=sys.stderr, disable=None))
@@ -233,4 +234,5 @@ def _record(args: argparse.Namespace, home: Path, results: dict[str, Any]) -> No
         conclusion=conclusion(results),
         files=[home / "results.json"],
         details={"settings": {"tiny": TINY, "larger": LARGER}, "text": str(args.data or "random words")},
+        overwrite=args.overwrite,
     )

@@ -41,7 +41,12 @@ def find_stage(config: RunConfig, seed: int, corpus: str) -> Path | None:
         UserError: what lies there is damaged, or of another run up to the mask phase.
     """
     folder = stage_folder(config, seed)
-    checkpoint = newest_intact(folder) if folder is not None else None
+    try:
+        checkpoint = newest_intact(folder) if folder is not None else None
+    except UserError as error:
+        # what it advises is for a run's own checkpoints
+        found = str(error).partition("; bring one back")[0]
+        raise UserError(f"{found}; remove that folder, or name another mask_phase.dense_stage") from None
     if checkpoint is None:
         return None
     record = read_json(checkpoint / "state.json")

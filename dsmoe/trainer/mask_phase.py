@@ -88,7 +88,10 @@ class ThresholdController:
 
     def load(self, state: dict[str, Any]) -> None:
         """Restore the state of `state`."""
-        self.threshold, self.steps = state["threshold"], state["steps"]
+        self.steps = state["steps"]
+        # before the first sparse step it is what it begins with: a dense stage may be of a run with other targets
+        if self.steps:
+            self.threshold = state["threshold"]
 
 
 def threshold_policy(threshold: float, num_experts: int) -> Policy:
