@@ -142,7 +142,8 @@ def test_the_real_compiler(tiny_model, policy, gates):
     """With L2 gates in float32, a mask made by a scatter was read before it was written."""
     kind = "dsmoe" if policy is None else "smoe"
     sizes = {"num_hidden_layers": 1, "num_experts": 8, "intermediate_size": 128, "hidden_size": 64}
-    model = tiny_model(**sizes, kind=kind, mlp_routing=policy, gate_normalization=gates).float().train()
+    options = {"kind": kind, "mlp_routing": policy, "gate_normalization": gates, "mlp_gate_scale": 2.0}
+    model = tiny_model(**sizes, **options).float().train()
     ids = torch.randint(model.config.vocab_size, (4, 32))
     expected = gradients(model, ids)
     assert expected["model.layers.0.mlp.experts.down_proj"].abs().max() > 0
