@@ -1,6 +1,7 @@
 """The joint law with a DS-MoE term, fitted to a study's runs, and its record."""
 
 import argparse
+import shlex
 import sys
 import tempfile
 from pathlib import Path
@@ -14,6 +15,8 @@ from dsmoe.planner.fit.report import as_json, human_report
 from dsmoe.records import add_record_arguments, check_outputs, write_concluded_record
 
 RECORDS = Path("eval/records")
+TITLE = "A joint scaling law measured on dense, SMoE and DS-MoE models"
+BOOTSTRAP = 200
 EXAMPLES = """examples:
   python eval/fit_scaling.py --overwrite
   python eval/fit_scaling.py --runs runs/my-study --output my-record --title "My law" --conclusion conclusion.md
@@ -34,6 +37,10 @@ def run(args: argparse.Namespace) -> None:
         write_json(folder / "law.json", content)
         residual_plot(fit, folder / "residuals.png", "Residuals of the fitted law")
         command = f"python eval/fit_scaling.py --runs {args.runs} --output {args.output} --overwrite"
+        if args.title != TITLE:
+            command += f" --title {shlex.quote(args.title)}"
+        if args.bootstrap != BOOTSTRAP:
+            command += f" --bootstrap {args.bootstrap}"
         write_concluded_record(
             args.output,
             given=args.conclusion,
@@ -65,11 +72,11 @@ def main() -> int:
     add_record_arguments(parser, "--output", RECORDS / "scaling-law")
     parser.add_argument(
         "--title",
-        default="A joint scaling law measured on dense, SMoE and DS-MoE models",
+        default=TITLE,
         help="of the record",
     )
     parser.add_argument(
-        "--bootstrap", type=int, default=200, metavar="B", help="refits (default: %(default)s)"
+        "--bootstrap", type=int, default=BOOTSTRAP, metavar="B", help="refits (default: %(default)s)"
     )
     args = parser.parse_args()
     return run_reporting_errors(lambda: run(args))

@@ -24,6 +24,22 @@ def test_rows_are_joined_and_the_rest_is_the_firsts():
     }
     assert joined([one]) == one
     assert joined([{"model": None, "layers": []}, one])["layers"] == [{"threads": 1}]
+    # of a part that only one of them has measured nothing is lost, and nothing doubled
+    whole = {"model": None, "layers": [{"threads": 1}]}
+    assert joined([whole, {**one, "layers": []}]) == {"model": one["model"], "layers": [{"threads": 1}]}
+
+
+def test_the_command_of_a_record_measures_the_same():
+    options = {"record": "r", "only": ["model"], "rounds": 5, "quick": True}
+    results = {"layers": [], "model": {"rows": [{"threads": 2}, {"threads": 1}, {"threads": 2}]}}
+    assert output.command_for_threads(argparse.Namespace(**options), "bench_inference.py", results) == (
+        "python eval/bench_inference.py --threads 1 2 --only model --rounds 5 --quick --record r --overwrite"
+    )
+    options = {"record": "r", "rounds": None, "quick": False}
+    results = {"layers": [{"threads": 1}]}
+    assert output.command_for_threads(argparse.Namespace(**options), "bench_training.py", results) == (
+        "python eval/bench_training.py --threads 1 --record r --overwrite"
+    )
 
 
 @pytest.mark.parametrize("bench", BENCHES)

@@ -255,6 +255,26 @@ def test_weights_that_do_not_fit_are_refused_by_name(tmp_path, capsys, change, s
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"quantization_config": {"quant_method": "bitsandbytes", "load_in_4bit": True}}, "can't be read"),
+        ({"quantization_config": {"quant_method": "gptq", "bits": 4}}, "can't be read"),
+        ({"num_attention_heads": 5}, "can't be read"),
+        ({"num_hidden_layers": "two"}, "can't be read"),
+    ],
+    ids=lambda value: next(iter(value)) if isinstance(value, dict) else None,
+)
+def test_checkpoints_that_transformers_refuses_are_one_line(tmp_path, capsys, changes, said):
+    stock_model(tmp_path / "stock")
+    file = tmp_path / "stock" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), **changes}))
+    assert split(tmp_path / "stock", "--num-experts", 8, "--output", tmp_path / "out") == 2
+    error = capsys.readouterr().err.strip().splitlines()[-1]
+    assert error.startswith("error: ") and said in error and str(tmp_path / "stock") in error
+    assert not (tmp_path / "out").exists()
+
+
 def test_other_inputs_are_refused(tmp_path, capsys):
     stock_model(tmp_path / "stock")
     assert split(tmp_path / "nowhere", "--num-experts", 8, "--output", tmp_path / "out") == 2

@@ -269,3 +269,14 @@ def harness_tasks():
     import lm_eval.tasks
 
     return Path(lm_eval.tasks.__file__).parent
+
+
+def test_outcomes_that_are_no_digit_are_not_paired():
+    """Such as the probabilities of truthfulqa_mc2, of which digits would be all zeros."""
+    samples = [
+        {"doc_hash": str(i), "acc": p, "acc_norm": float(i % 2)} for i, p in enumerate((0.9, 1.0, 0.3))
+    ]
+    found = harness._questions(samples)
+    assert "acc" not in found and found["acc_norm"] == "010"
+    with_digits = [{**sample, "acc": i % 2} for i, sample in enumerate(samples)]
+    assert harness._questions(with_digits)["acc"] == "010"

@@ -174,6 +174,19 @@ def test_command_refuses_with_one_line(tmp_path, capsys, words, message):
     assert message in error and error.count("\n") == 1
 
 
+@pytest.mark.parametrize(
+    "options", [["--where", "kind=dense"], ["--map", "loss=loss"], ["--last-of", "name"], ["--skip-empty"]]
+)
+def test_options_of_tables_are_refused_for_other_sources(tmp_path, capsys, options):
+    """A filter that filters nothing would be a fit of everything."""
+    (tmp_path / "results.json").write_text("{}")
+    table = write_csv(tmp_path / "runs.csv", as_rows(sweep(0.006, 0, 4, 4)))
+    for sources in ([tmp_path / "results.json"], [tmp_path], [table, tmp_path / "results.json"]):
+        assert fit(*sources, *options) == 2
+        error = capsys.readouterr().err
+        assert f"{options[0]} is for tables, and {sources[-1]} is none" in error and error.count("\n") == 1
+
+
 MODEL = {
     "kind": "dsmoe", "vocab_size": 97, "hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": None,
     "num_hidden_layers": 2, "num_experts": 4, "mlp_type": "swiglu", "num_attention_heads": 4,

@@ -11,7 +11,7 @@ from test_planner_fit_solver import sweep
 from dsmoe.errors import UserError
 from dsmoe.planner.fit import Run, fit_law
 from dsmoe.planner.fit.bootstrap import interval
-from dsmoe.planner.fit.decisions import optimum
+from dsmoe.planner.fit.decisions import decide, optimum
 from dsmoe.planner.fit.fitting import Settings
 from dsmoe.planner.fit.report import as_json, human_report
 from dsmoe.planner.fit.structure import choose_structure
@@ -112,6 +112,25 @@ def test_eta_shifts_the_optimum_of_a_dsmoe():
     assert worse[2][0] > plain[2][0]
     numeric = PUBLISHED_JOINT.loss(0.5 * worse[0][0], worse[1][0], 1)
     assert worse[2][0] == pytest.approx(numeric)
+
+
+@pytest.mark.parametrize("eta", [1.0, 0.8])
+def test_a_dsmoe_is_advised_by_the_dense_law(eta):
+    """With eta 1 it is its dense twin, whatever the law says of sparse experts."""
+    ones = sweep(0.006, 0, 4, 4, experts=(1, 8))
+    twins = [dataclasses.replace(run, kind="dsmoe", num_experts=32) for run in ones if run.kind == "dense"]
+    etas = (np.array([eta]), np.full(3, eta))
+    draws = {name: np.repeat(values, 3) for name, values in TRUTH.items()}
+    found = decide(TRUTH, draws, [*ones, *twins], 1e20, etas)
+    dense, smoe, dsmoe = found["options"]
+    assert [option["kind"] for option in found["options"]] == ["dense", "smoe", "dsmoe"]
+    assert dsmoe["num_experts"] == 32.0 and smoe["loss"]["value"] < dense["loss"]["value"]
+    size, tokens = dsmoe["num_params_total"]["value"], dsmoe["tokens"]["value"]
+    assert dsmoe["loss"]["value"] == pytest.approx(PUBLISHED_JOINT.loss(eta * size, tokens, 1))
+    if eta == 1.0:
+        assert dsmoe["loss"] == dense["loss"] and tokens == dense["tokens"]["value"]
+    else:
+        assert dsmoe["loss"]["value"] > dense["loss"]["value"]
 
 
 def test_bootstrap_is_seeded_and_both_methods_agree_roughly():

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -302,6 +303,22 @@ def test_shares_that_were_trained_run_as_they_were_trained(monkeypatch, tiny_mod
     assert set(found) == {1.0, 0.5}
     assert found[0.5]["mlp"] == [trained[0.5]] * 2
     assert found[0.5]["attention"] == found[1.0]["attention"]
+
+
+def test_shares_that_can_not_be_met_are_left_out(monkeypatch, tiny_model, capsys):
+    """Such as those of routers that score all experts alike."""
+
+    class Found:
+        def at_share(self, share):
+            if share == 0.3:
+                raise UserError("an active share of 0.3 can't be met")
+            return SimpleNamespace(policies={"mlp": share})
+
+    monkeypatch.setattr(budgets, "calibrate", lambda *given, **options: Found())
+    texts = SimpleNamespace(calibration=SimpleNamespace(batches=[]), sequence_length=8)
+    found = budgets.budgets_of(tiny_model(), texts, [0.3, 0.5], {})
+    assert set(found) == {1.0, 0.5}
+    assert "left out: an active share of 0.3 can't be met" in capsys.readouterr().err
 
 
 def test_the_share_of_an_smoe_is_that_of_its_layers(tiny_model, tmp_path):

@@ -6,9 +6,11 @@ from types import SimpleNamespace
 import pytest
 
 from dsmoe.checkpoint.pretrained import save_pretrained
+from dsmoe.data.corpus import TokenCorpus
+from dsmoe.errors import UserError
 from dsmoe.report import sparsity
 from dsmoe.report.sparsity_table import comparison_rows, tables
-from dsmoe.sparsify import sweep
+from dsmoe.sparsify import sample_corpus, sweep
 
 
 def test_an_interrupted_sweep_goes_on(tiny_model, held_out_corpus_dir, tmp_path, monkeypatch):
@@ -89,6 +91,8 @@ def _failing_after(function, count):
         (["--shares", "nan"], "--shares: nan is no active share"),
         (["--shares", "0.2,1.5"], "--shares: 1.5 is no active share"),
         (["--bounds", "-1"], "--bounds: -1 is no increase of the loss"),
+        (["--seeds", "0,1.5"], "--seeds: 1.5 is no seed"),
+        (["--seeds", "-1"], "--seeds: -1 is no seed"),
         ([], "has no MLP experts to choose from"),
         (["--record", "{}", "--overwrite"], "is no record (it holds a folder, model)"),
         (["--record", "{}/new", "--conclusion", "{}/no.md"], "no.md: can't be read"),
@@ -113,3 +117,35 @@ def test_an_output_that_is_a_file_is_refused_first(tiny_model, tmp_path, capsys)
     words = [str(tmp_path / "model"), "--data", str(tmp_path / "no-text"), "--output", str(tmp_path / "file")]
     assert sparsity.main(words) == 2
     assert "file is no folder that can be written to" in capsys.readouterr().err
+
+
+def test_models_beside_each_other_have_sweeps_of_their_own(tiny_model, tmp_path, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        sparsity, "sweep", lambda model, folder, args: seen.append(args.output) or {"model": 1}
+    )
+    monkeypatch.setattr(sparsity, "tables", lambda results: seen.append(results["name"]) or "")
+    monkeypatch.setattr(sparsity, "give_results", lambda *given: None)
+    for name in ("one", "two", "run/final"):
+        save_pretrained(tiny_model(vocab_size=300), tmp_path / name, None)
+    for name in ("one", "two", "run"):
+        assert sparsity.main([str(tmp_path / name), "--data", str(tmp_path)]) == 0
+    outputs = ("one-sparsity-sweep", "two-sparsity-sweep", "run/sparsity-sweep")
+    assert seen == [
+        part for name, place in zip(("one", "two", "run"), outputs) for part in (tmp_path / place, name)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"num_tokens": 0}, "tokens of a sample: 0; it must be at least 1"),
+        ({"sequence_length": 0}, "the sequence length: 0"),
+        ({"batch_size": 0}, "the batch size: 0"),
+        ({"seed": -1}, "the seed: -1; it must be at least 0"),
+    ],
+)
+def test_samples_that_can_not_be(held_out_corpus_dir, changes, words):
+    asked = {"num_tokens": 100, "sequence_length": 16, "batch_size": 4, "seed": 0, **changes}
+    with pytest.raises(UserError, match=words):
+        sample_corpus(TokenCorpus(held_out_corpus_dir), "test", **asked)

@@ -227,10 +227,24 @@ def test_what_is_above_a_budget_is_not_chosen(dsmoe, monkeypatch):
 
 
 def test_removed_experts_break_neither_bound_nor_budget():
-    args = SimpleNamespace(remove_unused=0.1, max_loss_increase=None, max_flops_per_token=1000.0)
-    _check_removal(args, Comparison(9.0, 0.0, 9.0, 1.0, 1), 1000.0)
+    args = SimpleNamespace(
+        remove_unused=0.1, max_loss_increase=None, max_flops_per_token=1000.0, target_active=None
+    )
+    _check_removal(args, Comparison(9.0, 0.0, 9.0, 1.0, 1), 1000.0, 0.2)
     with pytest.raises(UserError, match=r"--remove-unused 0\.1 .* 1010 FLOPs .* 1000 of --max-flops"):
-        _check_removal(args, Comparison(0.0, 0.0, 0.0, 1.0, 1), 1010.0)
+        _check_removal(args, Comparison(0.0, 0.0, 0.0, 1.0, 1), 1010.0, 0.2)
+
+
+def test_removed_experts_leave_the_target_as_it_was_asked_for(folder, tmp_path, capsys):
+    """Or it is refused: the report must not call a share active that was so before the removal."""
+    target = ["--target-active", "0.5", "--remove-unused"]
+    assert sparsify(folder, tmp_path / "most", *target, "0.9") == 2
+    line = capsys.readouterr().err.strip().splitlines()[-1]
+    assert "--remove-unused 0.9 shifts the routing" in line and "--target-active is 0.5" in line
+    assert not (tmp_path / "most").exists()
+    assert sparsify(folder, tmp_path / "few", *target, "0.001") == 0
+    report = json.loads((tmp_path / "few" / "sparsity.json").read_text())
+    assert abs(report["calibration"]["active_share"] - 0.5) <= 0.01
 
 
 @pytest.mark.parametrize(

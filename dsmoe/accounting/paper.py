@@ -8,12 +8,11 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dsmoe.accounting.parameters import count_parameters
 from dsmoe.accounting.sizes import layer_sizes
 from dsmoe.accounting.table import markdown_table
 from dsmoe.errors import UserError
+from dsmoe.files import load_yaml
 
 MILLION = 1e6
 
@@ -99,18 +98,16 @@ def read_model_config(path: str | Path) -> Any:
     """
     from dsmoe.config import DSMoEConfig  # transformers: see the top of this file
 
-    try:
-        fields = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise UserError(f"{path}: no such file") from None
-    except yaml.YAMLError as error:
-        raise UserError(f"{path}: not a YAML file ({' '.join(str(error).split())})") from None
+    fields = load_yaml(path)
     if not isinstance(fields, dict):
         raise UserError(f"{path}: must be a mapping of DSMoEConfig fields")
     unknown = sorted(set(fields) - set(DSMoEConfig.__dataclass_fields__))
     if unknown:
         raise UserError(f"{path}: {unknown[0]!r} is not a field of DSMoEConfig")
-    return DSMoEConfig(**fields)
+    try:
+        return DSMoEConfig.from_dict(fields)
+    except UserError as error:
+        raise UserError(f"{path}: {str(error).removeprefix('config.json: ')}") from None
 
 
 def solve_mean_active_mlp_experts(

@@ -131,19 +131,31 @@ def joined(parts: Sequence[Results]) -> Results:
         parts: as written by `--json`.
     """
     made = dict(parts[0])
-    for name, value in made.items():
-        others = [part[name] for part in parts[1:] if isinstance(part.get(name), type(value))]
+    for name in made:
+        # a part that was left out, such as the whole model, is None
+        values = [part[name] for part in parts if part.get(name) is not None]
+        if not values:
+            continue
+        made[name] = value = values[0]
+        alike = [other for other in values if isinstance(other, type(value))]
         if isinstance(value, list):
-            made[name] = [*value, *(row for other in others for row in other)]
-        elif name == "model" and isinstance(value, dict):
-            made[name] = joined([value, *others])
+            made[name] = [row for one in alike for row in one]
+        elif name == "model" and isinstance(value, dict) and len(alike) > 1:
+            made[name] = joined(alike)
     return made
 
 
 def command_for_threads(args: argparse.Namespace, script: str, results: Results) -> str:
-    """The command that makes a record of layers again, for every number of threads in it."""
-    threads = " ".join(sorted({str(row["threads"]) for row in results["layers"]}))
-    return f"python eval/{script} --threads {threads} --record {args.record} --overwrite"
+    """The command that makes a record again, for every number of threads in it."""
+    rows = [*results["layers"], *((results.get("model") or {}).get("rows") or [])]
+    words = ["--threads", *sorted({str(row["threads"]) for row in rows})]
+    if getattr(args, "only", None):
+        words += ["--only", *args.only]
+    if getattr(args, "rounds", None) is not None:
+        words += ["--rounds", str(args.rounds)]
+    if getattr(args, "quick", False):
+        words.append("--quick")
+    return f"python eval/{script} {' '.join(words)} --record {args.record} --overwrite"
 
 
 def give(

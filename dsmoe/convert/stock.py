@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig
@@ -11,7 +12,7 @@ from transformers.utils import logging as transformers_logging
 
 from dsmoe.checkpoint.pretrained import check_weights, load_pretrained
 from dsmoe.config import DSMoEConfig
-from dsmoe.errors import UserError
+from dsmoe.errors import UserError, reason_of
 from dsmoe.export.check import EXACT, check_tokens, compare, outputs_of
 from dsmoe.files import read_json
 from dsmoe.model import DSMoEForCausalLM
@@ -51,9 +52,18 @@ def load_dense(path: str | Path) -> tuple[DSMoEForCausalLM, Path, torch.dtype]:
     return model, folder, _dtype(read_json(folder / "config.json"))
 
 
+# files that are damaged or missing, entries of config.json of the wrong kind ("dtype": "foo"), or a quantisation whose
+# package isn't installed
+_UNREADABLE = (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError, ImportError,
+               StrictDataclassError)  # fmt: skip
+
+
 def _checked_twin(folder: Path) -> DSMoEForCausalLM:
     """The twin of a stock model, after both gave the same logits on random tokens."""
-    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except _UNREADABLE as error:
+        raise UserError(f"{folder / 'config.json'}: can't be read ({reason_of(error)})") from None
     _check_architecture(config, str(folder))
     stock = _load_stock(folder)
     model = twin_of(stock)
@@ -131,10 +141,8 @@ def _load_stock(folder: Path) -> Any:
             folder, dtype=torch.float32, trust_remote_code=False, use_safetensors=True,
             output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    # the last four: entries of config.json that are of the wrong kind, such as "dtype": "foo"
-    except (OSError, SafetensorError, RuntimeError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise UserError(f"{folder}: the model can't be read ({reason})") from None
+    except _UNREADABLE as error:
+        raise UserError(f"{folder}: the model can't be read ({reason_of(error)})") from None
     finally:
         if bars:
             transformers_logging.enable_progress_bar()

@@ -248,11 +248,14 @@ def _check_answers_fit(requests: Sequence[Any], max_length: int, context: int | 
 
 
 def _questions(samples: Sequence[Any]) -> dict[str, str]:
-    """Per-question outcomes, one digit each, and a digest of the questions: only equal ones can be paired."""
+    """Per-question outcomes, one digit each, and a digest of the questions: only equal ones can be paired.
+
+    A metric that is not right or wrong, such as a probability, has none and is never paired.
+    """
     ids = hashlib.sha256("\n".join(sample["doc_hash"] for sample in samples).encode()).hexdigest()
     questions = {"ids": ids}
     for metric in METRICS:
-        if all(metric in sample for sample in samples):
+        if all(sample.get(metric) in (0, 1) for sample in samples):
             questions[metric] = "".join(str(int(sample[metric])) for sample in samples)
     return questions
 

@@ -235,7 +235,10 @@ def budgets_of(
             continue
         if frontier is None:
             frontier = calibrate(model, texts.calibration.batches, context_length=texts.sequence_length)
-        found[share] = frontier.at_share(share).policies
+        try:
+            found[share] = frontier.at_share(share).policies
+        except UserError as error:
+            tqdm.write(f"left out: {error}", file=sys.stderr)
     return found
 
 

@@ -48,7 +48,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="results.json, plots, and what an interrupted sweep goes on from (default: beside the run)",
+        help="results.json, plots, and what an interrupted sweep goes on from (default: sparsity-sweep in the folder of "
+        "a run, MODEL-sparsity-sweep beside that of a model)",
     )
     add_record_arguments(parser)
     parser.add_argument("--shares", type=_numbers, default=None, metavar="LIST",
@@ -87,6 +88,9 @@ def run(args: argparse.Namespace, words: str) -> None:
         raise UserError(
             f"--shares: {wrong[0]:g} is no active share; give numbers between 0 and 1, such as 0.15,0.25"
         )
+    odd = [seed for seed in args.seeds if seed < 0 or seed != int(seed)]
+    if odd:
+        raise UserError(f"--seeds: {odd[0]:g} is no seed; give whole numbers from 0, such as 0,1,2")
     bad = [bound for bound in args.bounds if not 0 < bound < float("inf")]
     if bad:
         raise UserError(
@@ -99,12 +103,16 @@ def run(args: argparse.Namespace, words: str) -> None:
             f"{args.checkpoint}: has no MLP experts to choose from; a sweep needs a DS-MoE or an SMoE"
         )
     model = model.eval().to(default_device())  # type: ignore[arg-type]
-    args.output = args.output or folder.parent / "sparsity-sweep"
+    # of a run: its final/, or a checkpoint
+    name = folder.parent.name if folder.name == "final" else folder.name
+    if args.output is None:
+        own = folder.parent / "sparsity-sweep"
+        args.output = own if folder.name == "final" else folder.with_name(f"{name}-sparsity-sweep")
     check_new_file(args.output / "results.json", "--output")
     results = sweep(model, folder, args)
     if tasks:
         score_rows(results, load_model(str(folder)), tasks, args)
-    results = {"model": results.pop("model"), "name": folder.parent.name, **results, **describe()}
+    results = {"model": results.pop("model"), "name": name, **results, **describe()}
     report = tables(results)
     file = args.output / "results.json"
     give_results(results, report, str(file), lambda: _write(args, results, file, report, words))

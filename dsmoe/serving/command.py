@@ -7,7 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from dsmoe.checkpoint.pretrained import model_folder
+from dsmoe.checkpoint.pretrained import model_folder, read_config
 from dsmoe.config import DSMoEConfig
 from dsmoe.errors import UserError
 from dsmoe.files import read_json
@@ -111,7 +111,7 @@ def check_folder(folder: Path) -> DSMoEConfig:
         raise UserError(f"{folder}: no weights (model.safetensors is missing)")
     if not any((folder / name).exists() for name in ("tokenizer.json", "tokenizer.model", "vocab.json")):
         raise UserError(f"{folder}: no tokenizer (tokenizer.json is missing), and a server takes text")
-    config = DSMoEConfig.from_pretrained(folder)
+    config = read_config(folder)
     check_servable(config)
     return config
 

@@ -116,10 +116,6 @@ class Allocation:
             found[curve.site.part][curve.site.layer] = curve.levels[level].policy
         return found
 
-    def expected_share(self, levels: Sequence[int]) -> float:
-        """Share of active experts of the levels, on the reference's routing."""
-        return sum(c.levels[i].count * c.site.cost for c, i in zip(self.curves, levels)) / self.total
-
     def corrected_near(self, share: float) -> bool:
         """Whether a correction was made near the share."""
         return any(abs(math.log(share) - anchor.place) < NEAR for anchor in self._anchors[1:])
@@ -158,7 +154,8 @@ class Allocation:
     def _value(self, share: float, corrections: Anchor, found: Around) -> float:
         """The measured damage, at what active experts cost there, were the measured share the one asked for."""
         knapsack = self._knapsack(corrections)
-        low, high = round(share * 0.96 * UNITS), round(share * 1.04 * UNITS)
+        low = round(share * 0.96 * UNITS)
+        high = max(round(share * 1.04 * UNITS), low + 1)
         price = (knapsack.damage(low) - knapsack.damage(high)) / ((high - low) / UNITS)
         price = price if math.isfinite(price) else 0.0
         return found.base.damage + price * (self.share(found.active) - share)

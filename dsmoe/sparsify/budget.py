@@ -9,7 +9,7 @@ from dsmoe.model import DSMoEForCausalLM, set_routing
 from dsmoe.sparsify.calibrate import calibrate
 from dsmoe.sparsify.calibration import CalibrationText
 from dsmoe.sparsify.compare import Comparison
-from dsmoe.sparsify.families import score_of
+from dsmoe.sparsify.families import MET, score_of
 from dsmoe.sparsify.search import TOLERANCE, Candidate, Frontier
 from dsmoe.sparsify.sites import expert_cost
 from dsmoe.sparsify.unused import remove_unused
@@ -50,8 +50,9 @@ def calibrated(args: argparse.Namespace, model: DSMoEForCausalLM, text: Calibrat
         if removed["num_removed"]:
             comparison = frontier.comparer(found.policies, progress="measuring")
     report = sparsity_report(model, comparison.active, args.sequence_length)
+    share = found.share if removed is None else frontier.allocation.share(comparison.active)
     if removed is not None:
-        _check_removal(args, comparison, report["flops_per_token"])
+        _check_removal(args, comparison, report["flops_per_token"], share)
     report["removed_experts"] = removed
     report["calibration"] = {
         "asked": {
@@ -63,7 +64,7 @@ def calibrated(args: argparse.Namespace, model: DSMoEForCausalLM, text: Calibrat
         "text": text.description,
         "score": score_of(found.policies),  # what was chosen may rank by less than was asked for, or keep all
         "family": found.family,
-        "active_share": found.share,
+        "active_share": share,
         **comparison.as_dict(),
         "hint": _hint(model, comparison),
         "frontier": frontier.describe(),
@@ -81,9 +82,14 @@ def _hint(model: DSMoEForCausalLM, comparison: Comparison) -> str | None:
     )
 
 
-def _check_removal(args: argparse.Namespace, comparison: Comparison, flops: float) -> None:
+def _check_removal(args: argparse.Namespace, comparison: Comparison, flops: float, share: float) -> None:
     """Refuse a removal of experts that breaks the bound or the budget, within which the search had stayed."""
-    bound, most = args.max_loss_increase, args.max_flops_per_token
+    bound, most, target = args.max_loss_increase, args.max_flops_per_token, args.target_active
+    if target is not None and abs(share - target) > MET:
+        raise UserError(
+            f"--remove-unused {args.remove_unused:g} shifts the routing: {share:.4g} of all experts are active, and "
+            f"--target-active is {target:g}; use a smaller share"
+        )
     if bound is not None and comparison.upper > bound:
         raise UserError(
             f"--remove-unused {args.remove_unused:g} raises the loss by {comparison.loss_increase:.5f} "

@@ -51,8 +51,14 @@ def sample_corpus(
         seed: of the sample.
 
     Raises:
-        UserError: no such split, or one that is shorter than a window.
+        UserError: no such split, one that is shorter than a window, or a number that can't be.
     """
+    for value, least, what in (
+        (num_tokens, 1, "tokens of a sample"), (sequence_length, 1, "the sequence length"),
+        (batch_size, 1, "the batch size"), (seed, 0, "the seed"),
+    ):  # fmt: skip
+        if value < least:
+            raise UserError(f"{what}: {value}; it must be at least {least}")
     total = corpus.num_tokens(split)
     rows: list[tuple[np.ndarray, np.ndarray]] = []
     num_documents = 0

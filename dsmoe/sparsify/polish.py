@@ -11,8 +11,7 @@ from typing import Any
 import torch
 import yaml
 
-from dsmoe.checkpoint.pretrained import load_pretrained, model_folder
-from dsmoe.config import DSMoEConfig
+from dsmoe.checkpoint.pretrained import load_pretrained, model_folder, read_config
 from dsmoe.config.run import RunConfig
 from dsmoe.data.corpus import TokenCorpus
 from dsmoe.environment import default_device
@@ -134,7 +133,7 @@ def _learning_rate(args: argparse.Namespace, config: RunConfig) -> float:
 
 def _check_models(args: argparse.Namespace, config: RunConfig) -> None:
     """Refuse policies that the run's model can't have, before it is trained."""
-    model = DSMoEConfig.from_pretrained(model_folder(args.trained))
+    model = read_config(args.trained)
     make_controller(config.mask_phase, model, config.total_steps)
     if args.teacher:
         model_folder(args.teacher)
@@ -186,7 +185,7 @@ def _write(
     """The polished weights with one folder's policies, measured anew."""
     model, folder = load_pretrained(args.output / "final", torch.float32)
     model = model.to(default_device())  # type: ignore[arg-type]
-    source = DSMoEConfig.from_pretrained(model_folder(policies))
+    source = read_config(policies)
     for part in ("mlp", "attention"):
         set_routing(model, part, getattr(source, f"{part}_routing"))
     report = sparsity_report(
@@ -206,7 +205,7 @@ def tokens(text: str) -> int:
     factor = {"k": 10**3, "m": 10**6, "b": 10**9}.get(text[-1:].lower(), 1)
     try:
         value = int(float(text if factor == 1 else text[:-1]) * factor)
-    except ValueError:
+    except (ValueError, OverflowError):
         value = 0
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text!r}: give a number of tokens, such as 500k or 1M")

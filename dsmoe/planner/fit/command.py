@@ -111,7 +111,13 @@ def read_sources(
     }
     runs: list[Run] = []
     notes: list[str] = []
+    chosen = [("--map", mapping), ("--where", where), ("--last-of", last_of), ("--skip-empty", skip_empty)]
+    given = [option for option, value in chosen if value]
     for source in sources:
+        if given and source.exists() and (source.is_dir() or source.suffix == ".json"):
+            raise UserError(
+                f"{given[0]} is for tables, and {source} is none; leave the option out, or give a CSV file of its runs"
+            )
         if source.is_dir():
             found, said = read_folder(source)
         elif source.suffix == ".json" and source.exists():

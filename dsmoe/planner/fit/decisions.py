@@ -84,7 +84,9 @@ def decide(
         )
     options, losses = [], []
     for kind, number, eta, drawn_eta in asked:
-        here, spread = optimum(value, number, flops, eta), optimum(draws, number, flops, drawn_eta)
+        # a DS-MoE's loss is that of a dense model of eta times its size, however many experts it has
+        law_at = 1.0 if kind == "dsmoe" else number
+        here, spread = optimum(value, law_at, flops, eta), optimum(draws, law_at, flops, drawn_eta)
         losses.append((here[2][0], spread[2]))
         names = ("num_params_total" if kind == "dsmoe" else "num_params_active", "tokens", "loss")
         option = {"kind": kind, "num_experts": number}
