@@ -31,9 +31,9 @@ def test_rows_are_joined_and_the_rest_is_the_firsts():
 
 def test_the_command_of_a_record_measures_the_same():
     options = {"record": "r", "only": ["model"], "rounds": 5, "quick": True}
-    results = {"layers": [], "model": {"rows": [{"threads": 2}, {"threads": 1}, {"threads": 2}]}}
+    results = {"layers": [], "model": {"rows": [{"threads": 16}, {"threads": 1}, {"threads": 2}]}}
     assert output.command_for_threads(argparse.Namespace(**options), "bench_inference.py", results) == (
-        "python eval/bench_inference.py --threads 1 2 --only model --rounds 5 --quick --record r --overwrite"
+        "python eval/bench_inference.py --threads 1 2 16 --only model --rounds 5 --quick --record r --overwrite"
     )
     options = {"record": "r", "rounds": None, "quick": False}
     results = {"layers": [{"threads": 1}]}

@@ -100,7 +100,7 @@ def test_native_form(kind, tmp_path):
     assert form.num_params_total == sum(p.numel() for p in loaded.parameters())
     assert form.native and form.source == str(folder)
     assert form.kv_bytes_per_token == kv_cache_bytes(loaded.config, 1)
-    assert 2 * form.num_params_total < form.model_bytes < 2 * form.num_params_total + 10_000
+    assert form.model_bytes == 2 * form.num_params_total
     assert kind_of(str(folder)) == kind
 
 
@@ -297,3 +297,13 @@ def test_table_and_plot_of_failures(tmp_path, stub):
     assert "Failed: own, requests, dense: its process ended with status 7" in result_table(results)
     draw(results, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_a_native_folder_is_counted_as_it_runs(tmp_path, tiny_model):
+    """Trained folders are float32; engines load them in the type that was asked for, as they do exported ones."""
+    save_pretrained(tiny_model(dtype=torch.float32), tmp_path / "model", None)
+    sizes = [
+        form_of(tmp_path / "model", "own", dtype, tmp_path, stock=False).model_bytes
+        for dtype in ("float32", "bfloat16")
+    ]
+    assert sizes[0] == 2 * sizes[1]

@@ -181,7 +181,8 @@ def test_options_of_tables_are_refused_for_other_sources(tmp_path, capsys, optio
     """A filter that filters nothing would be a fit of everything."""
     (tmp_path / "results.json").write_text("{}")
     table = write_csv(tmp_path / "runs.csv", as_rows(sweep(0.006, 0, 4, 4)))
-    for sources in ([tmp_path / "results.json"], [tmp_path], [table, tmp_path / "results.json"]):
+    several = [] if options[0] == "--map" else [[table, tmp_path / "results.json"]]
+    for sources in ([tmp_path / "results.json"], [tmp_path], *several):
         assert fit(*sources, *options) == 2
         error = capsys.readouterr().err
         assert f"{options[0]} is for tables, and {sources[-1]} is none" in error and error.count("\n") == 1

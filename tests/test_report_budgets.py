@@ -295,6 +295,16 @@ def test_what_a_mask_phase_was_steered_to():
     }
 
 
+def test_given_policies_are_no_thresholds():
+    """Of earlier versions too, whose summaries name one that nothing used."""
+    settings = {"policies": ["runs/sparse"], "target_active": 0.33}
+    summary = {
+        "mask_phase_threshold": 0.5,
+        "config": {"mask_phase": settings, "model": {"num_experts": 32}},
+    }
+    assert trained_policies(summary) == {}
+
+
 def test_shares_that_were_trained_run_as_they_were_trained(monkeypatch, tiny_model):
     model = tiny_model(num_experts=4, num_hidden_layers=2)
     monkeypatch.setattr(budgets, "calibrate", None)

@@ -230,9 +230,9 @@ def test_removed_experts_break_neither_bound_nor_budget():
     args = SimpleNamespace(
         remove_unused=0.1, max_loss_increase=None, max_flops_per_token=1000.0, target_active=None
     )
-    _check_removal(args, Comparison(9.0, 0.0, 9.0, 1.0, 1), 1000.0, 0.2)
+    _check_removal(args, Comparison(9.0, 0.0, 9.0, 1.0, 1), 1000.0, 0.2, 0.2)
     with pytest.raises(UserError, match=r"--remove-unused 0\.1 .* 1010 FLOPs .* 1000 of --max-flops"):
-        _check_removal(args, Comparison(0.0, 0.0, 0.0, 1.0, 1), 1010.0, 0.2)
+        _check_removal(args, Comparison(0.0, 0.0, 0.0, 1.0, 1), 1010.0, 0.2, 0.2)
 
 
 def test_removed_experts_leave_the_target_as_it_was_asked_for(folder, tmp_path, capsys):
@@ -245,6 +245,9 @@ def test_removed_experts_leave_the_target_as_it_was_asked_for(folder, tmp_path, 
     assert sparsify(folder, tmp_path / "few", *target, "0.001") == 0
     report = json.loads((tmp_path / "few" / "sparsity.json").read_text())
     assert abs(report["calibration"]["active_share"] - 0.5) <= 0.01
+    # of whole Ks what is below the target is what was asked for
+    options = ["--target-active", "0.33", "--family", "uniform_k", "--remove-unused", "0"]
+    assert sparsify(folder, tmp_path / "whole", *options) == 0
 
 
 @pytest.mark.parametrize(

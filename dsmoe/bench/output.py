@@ -148,7 +148,7 @@ def joined(parts: Sequence[Results]) -> Results:
 def command_for_threads(args: argparse.Namespace, script: str, results: Results) -> str:
     """The command that makes a record again, for every number of threads in it."""
     rows = [*results["layers"], *((results.get("model") or {}).get("rows") or [])]
-    words = ["--threads", *sorted({str(row["threads"]) for row in rows})]
+    words = ["--threads", *map(str, sorted({row["threads"] for row in rows}))]
     if getattr(args, "only", None):
         words += ["--only", *args.only]
     if getattr(args, "rounds", None) is not None:

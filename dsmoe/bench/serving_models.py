@@ -160,7 +160,8 @@ def form_of(folder: Path, engine: str, dtype: str, cache: Path, stock: bool = Tr
     return Form(
         source=str(source),
         native=native,
-        model_bytes=stored_bytes(source),
+        # a native folder is stored in another type, maybe, than engines run it in
+        model_bytes=total_parameters(config) * DTYPES[dtype].itemsize if native else stored_bytes(source),
         kv_bytes_per_token=kv_cache_bytes(config, 1, 1, dtype),
         vocab_size=config.vocab_size,
         num_params_total=total_parameters(config),

@@ -249,7 +249,8 @@ class DSMoEConfig(PreTrainedConfig):
         if len(ks) > 1 or any(policy["policy"] not in ("dense", "top_k") for policy in policies):
             raise UserError(
                 f"model.{part}_gate_scale is null: with renormalized gates it is the one k of all layers, which "
-                f"{part}_routing doesn't have; give the scale, about the number of experts that a token keeps"
+                f"{part}_routing doesn't have; give the scale, about the number of experts that a token keeps (earlier "
+                f"versions took {num_experts})"
             )
         return ks.pop()
 

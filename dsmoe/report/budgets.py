@@ -173,18 +173,20 @@ def measured_rows(run: StudyRun, folder: Path, texts: Texts, shares: Sequence[fl
     summary = read_json(folder / "summary.json")
     trained = trained_policies(summary)
     key = {"texts": texts.descriptions, "training_seconds": summary["training_seconds"]}
-    if trained:
-        key["trained"] = {str(share): policy for share, policy in trained.items()}
+    # older caches have no such entry where nothing was trained
+    key["trained"] = {str(share): policy for share, policy in trained.items()}
     kept: dict[float, dict[str, Any]] = {}
+    left_out: set[float] = set()
     if cache.exists():
         known = read_json(cache)
-        if all(known["key"].get(name) == value for name, value in key.items()):
+        if all({"trained": {}, **known["key"]}.get(name) == value for name, value in key.items()):
             kept = {row["budget"]: row for row in known["rows"]}
+            left_out = set(known.get("left_out", ()))
     config = summary["config"]["model"]
     wanted = (
         [share for share in shares if share >= 1 / config["num_experts"]] if config["kind"] == "dsmoe" else []
     )
-    if kept and all(budget in kept for budget in wanted):
+    if kept and all(budget in kept or budget in left_out for budget in wanted):
         return [row for budget, row in kept.items() if budget in {*wanted, 1.0} or config["kind"] == "smoe"]
     model, _ = load_pretrained(folder, torch.float32)
     shared = {
@@ -199,7 +201,8 @@ def measured_rows(run: StudyRun, folder: Path, texts: Texts, shares: Sequence[fl
             row[f"{split}_loss"], row["mlp_active_fraction"] = float(np.mean(losses)), active
         rows.append(row)
     left = [row for budget, row in kept.items() if budget not in {row["budget"] for row in rows}]
-    write_json(cache, {"key": key, "rows": [*rows, *left]})
+    left_out |= {share for share in wanted if share not in {row["budget"] for row in rows}}
+    write_json(cache, {"key": key, "rows": [*rows, *left], "left_out": sorted(left_out)})
     return rows
 
 

@@ -103,7 +103,7 @@ def run(args: argparse.Namespace, words: str) -> None:
             f"{args.checkpoint}: has no MLP experts to choose from; a sweep needs a DS-MoE or an SMoE"
         )
     model = model.eval().to(default_device())  # type: ignore[arg-type]
-    # of a run: its final/, or a checkpoint
+    folder = folder.resolve()
     name = folder.parent.name if folder.name == "final" else folder.name
     if args.output is None:
         own = folder.parent / "sparsity-sweep"

@@ -16,6 +16,9 @@ def trained_policies(summary: Mapping[str, Any]) -> dict[float, Policy]:
     Returns:
         Ascending by share; empty without a mask phase, or where it trained with given policies.
     """
+    # the summaries of earlier versions have a threshold then too, which nothing used
+    if summary["config"]["mask_phase"].get("policies"):
+        return {}
     thresholds = summary.get("mask_phase_thresholds")
     if thresholds is None:
         threshold = summary.get("mask_phase_threshold")

@@ -66,7 +66,9 @@ def run_server(command: Sequence[str], url: str, when_ready: Callable[[], None])
             with contextlib.suppress(ProcessLookupError):
                 child.send_signal(signal.SIGINT)
 
-    before = {number: signal.signal(number, pass_on) for number in _SIGNALS}
+    # one that is ignored, as nohup does, stays so
+    heard = [number for number in _SIGNALS if signal.getsignal(number) is not signal.SIG_IGN]
+    before = {number: signal.signal(number, pass_on) for number in heard}
     try:
         status = _wait(child, f"{url}/health", when_ready, stop)
     finally:

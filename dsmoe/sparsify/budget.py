@@ -52,7 +52,7 @@ def calibrated(args: argparse.Namespace, model: DSMoEForCausalLM, text: Calibrat
     report = sparsity_report(model, comparison.active, args.sequence_length)
     share = found.share if removed is None else frontier.allocation.share(comparison.active)
     if removed is not None:
-        _check_removal(args, comparison, report["flops_per_token"], share)
+        _check_removal(args, comparison, report["flops_per_token"], share, found.share)
     report["removed_experts"] = removed
     report["calibration"] = {
         "asked": {
@@ -82,10 +82,13 @@ def _hint(model: DSMoEForCausalLM, comparison: Comparison) -> str | None:
     )
 
 
-def _check_removal(args: argparse.Namespace, comparison: Comparison, flops: float, share: float) -> None:
+def _check_removal(
+    args: argparse.Namespace, comparison: Comparison, flops: float, share: float, found: float
+) -> None:
     """Refuse a removal of experts that breaks the bound or the budget, within which the search had stayed."""
     bound, most, target = args.max_loss_increase, args.max_flops_per_token, args.target_active
-    if target is not None and abs(share - target) > MET:
+    # from what was found for the target, which of whole Ks may be far below it
+    if target is not None and abs(share - found) > MET:
         raise UserError(
             f"--remove-unused {args.remove_unused:g} shifts the routing: {share:.4g} of all experts are active, and "
             f"--target-active is {target:g}; use a smaller share"

@@ -25,7 +25,7 @@ from dsmoe.sparsify.arguments import EPILOG, SEED, SEQUENCE_LENGTH, SPLIT, add_a
 from dsmoe.sparsify.budget import calibrated
 from dsmoe.sparsify.calibration import CalibrationText, read_documents, sample_corpus, sample_documents
 from dsmoe.sparsify.measure import measure
-from dsmoe.sparsify.policies import TAKES, PolicyRequest, resolve_all
+from dsmoe.sparsify.policies import TAKES, PolicyRequest, check_target, resolve_all
 from dsmoe.sparsify.unused import remove_unused
 from dsmoe.sparsify.write import human_report, sparsity_report, without_infinities, write_sparse
 
@@ -187,6 +187,9 @@ def _by_hand(args: argparse.Namespace, model: DSMoEForCausalLM, folder: Path) ->
             raise UserError("--remove-unused needs text: pass --text FILE or --data TOKEN_FOLDER")
         removed = remove_unused(model, active, args.remove_unused)
         active = calibrate()
+        for part, request in requests.items():
+            if request is not None and request.target_active is not None:
+                check_target(part, request.target_active, active.share(part))
     report = sparsity_report(model, active, args.sequence_length)
     return report if removed is None else {**report, "removed_experts": removed}
 

@@ -80,7 +80,7 @@ def resolve_all(
         if all(abs(active.share(part) - target) <= MET for part, target in targets.items()):
             break
     for part, target in targets.items():
-        _check_target(part, target, active.share(part))
+        check_target(part, target, active.share(part))
     return active
 
 
@@ -207,11 +207,11 @@ def _threshold_for(
         if guess in tried:
             break
     best = min(tried, key=lambda threshold: abs(tried[threshold] - target))
-    _check_target(part, target, tried[best])
+    check_target(part, target, tried[best])
     return best
 
 
-def _check_target(part: str, target: float, share: float) -> None:
+def check_target(part: str, target: float, share: float) -> None:
     """Refuse a share of active experts that is not what was asked for; raises UserError.
 
     Args:

@@ -208,6 +208,14 @@ class PolicyCycle(ThresholdController):
         """Nothing is steered."""
         return None
 
+    def shown(self, step: int) -> dict[str, Any]:
+        """No threshold."""
+        return {}
+
+    def summary(self) -> dict[str, Any]:
+        """No threshold."""
+        return {"mask_phase_threshold": None}
+
     def update(self, active_share: float, step: int) -> None:
         """Nothing to steer."""
         self.steps += 1

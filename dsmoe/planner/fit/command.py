@@ -111,10 +111,18 @@ def read_sources(
     }
     runs: list[Run] = []
     notes: list[str] = []
-    chosen = [("--map", mapping), ("--where", where), ("--last-of", last_of), ("--skip-empty", skip_empty)]
-    given = [option for option, value in chosen if value]
+    others = [
+        source for source in sources if source.exists() and (source.is_dir() or source.suffix == ".json")
+    ]
+    # what columns are called says nothing of other sources; a filter that leaves them whole would mislead
+    chosen = [
+        ("--map", mapping if len(others) == len(sources) else ()),
+        ("--where", where),
+        ("--last-of", last_of),
+    ]
+    given = [option for option, value in [*chosen, ("--skip-empty", skip_empty)] if value]
     for source in sources:
-        if given and source.exists() and (source.is_dir() or source.suffix == ".json"):
+        if given and source in others:
             raise UserError(
                 f"{given[0]} is for tables, and {source} is none; leave the option out, or give a CSV file of its runs"
             )
