@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -16,6 +17,7 @@ from dsmoe.bench.serving_rounds import Conditions, Model, measure_group
 from dsmoe.bench.serving_rows import MEASURED, percentile, row_of
 from dsmoe.bench.serving_settings import Setting, kv_tokens
 from dsmoe.bench.serving_tables import draw, result_table
+from dsmoe.checkpoint.pretrained import save_pretrained
 from dsmoe.errors import UserError
 from dsmoe.files import read_json
 from dsmoe.model import DSMoEForCausalLM
