@@ -165,6 +165,20 @@ def test_a_frozen_ds_moe_teaches_with_all_its_experts(train, dense_run, corpus_d
     torch.testing.assert_close(found, dense if kind == "dsmoe" else sparse)
 
 
+def test_a_frozen_teacher_runs_in_the_precision_of_the_run(dense_run):
+    """Where accelerate has no autocast to give, as under ZeRO, too: all strategies have the same targets."""
+    teacher = DSMoEForCausalLM.from_pretrained(dense_run.folder / "final").eval()
+    batch = {"input_ids": torch.arange(24)[None] % teacher.config.vocab_size}
+    settings = DistillationSettings(coef=0.5, teacher=str(dense_run.folder))
+    exact, rounded = (
+        Distiller(settings, Accelerator(cpu=True), teacher, precision)._teacher_logits(None, batch)
+        for precision in ("f32", "bf16")
+    )
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        expected = teacher(**batch, use_cache=False).logits
+    assert torch.equal(rounded, expected) and not torch.equal(rounded.float(), exact)
+
+
 def test_self_distillation_is_off_in_all_experts_mode(train):
     plain = train("plain", **MI)
     assert train("distilled", distillation__coef=0.5, **MI).log() == plain.log()

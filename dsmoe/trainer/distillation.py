@@ -51,15 +51,20 @@ class Distiller:
         settings: coefficient and teacher.
         accelerator: of the run.
         model: the student, unwrapped; also the teacher where the settings name none.
+        precision: of the run, "f32" or "bf16"; the teacher's too, whatever casts the student's forwards.
 
     Raises:
         UserError: a teacher with another vocabulary, or none there.
     """
 
     def __init__(
-        self, settings: DistillationSettings, accelerator: Accelerator, model: DSMoEForCausalLM
+        self,
+        settings: DistillationSettings,
+        accelerator: Accelerator,
+        model: DSMoEForCausalLM,
+        precision: str = "f32",
     ) -> None:
-        self.settings, self.accelerator = settings, accelerator
+        self.settings, self.accelerator, self.precision = settings, accelerator, precision
         self.frozen: DSMoEForCausalLM | None = None
         if settings.teacher and settings.coef:
             teacher, folder = load_pretrained(Path(settings.teacher), torch.float32)
@@ -98,7 +103,8 @@ class Distiller:
 
     @torch.no_grad()
     def _teacher_logits(self, model: Any, batch: dict[str, Tensor]) -> Tensor:
-        with self.accelerator.autocast():
+        device = self.accelerator.device.type
+        with torch.autocast(device, torch.bfloat16, enabled=self.precision == "bf16"):
             if self.frozen is not None:
                 return self.frozen(**model_inputs(batch), use_cache=False).logits
             with use_routing(model, mlp=DENSE, attention=DENSE):

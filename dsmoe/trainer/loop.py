@@ -87,7 +87,7 @@ class TrainingRun:
             running,
             self.parallel,
             self.state.guard,
-            Distiller(config.distillation, accelerator, self.raw_model),
+            Distiller(config.distillation, accelerator, self.raw_model, config.train.precision),
             self.mi_control,
         )
         self.log = RunLog(folder, accelerator)
