@@ -16,15 +16,14 @@ def trained_policies(summary: Mapping[str, Any]) -> dict[float, Policy]:
     Returns:
         Ascending by share; empty without a mask phase, or where it trained with given policies.
     """
-    # the summaries of earlier versions have a threshold then too, which nothing used
-    if summary["config"]["mask_phase"].get("policies"):
-        return {}
     thresholds = summary.get("mask_phase_thresholds")
     if thresholds is None:
         threshold = summary.get("mask_phase_threshold")
         if threshold is None:
             return {}
-        thresholds = {summary["config"]["mask_phase"]["target_active"]: threshold}
+        settings = summary["config"]["mask_phase"]
+        # earlier versions named one of given policies too, which nothing used
+        thresholds = {} if settings.get("policies") else {settings["target_active"]: threshold}
     num_experts = summary["config"]["model"]["num_experts"]
     found = {
         float(share): threshold_policy(threshold, num_experts) for share, threshold in thresholds.items()
