@@ -130,6 +130,10 @@ def test_models_beside_each_other_have_sweeps_of_their_own(tiny_model, tmp_path,
         save_pretrained(tiny_model(vocab_size=300), tmp_path / name, None)
     for name in ("one", "two", "run"):
         assert sparsity.main([str(tmp_path / name), "--data", str(tmp_path)]) == 0
+    monkeypatch.chdir(tmp_path / "one")
+    assert sparsity.main([".", "--data", str(tmp_path)]) == 0
+    assert seen[-2:] == seen[:2]
+    del seen[-2:]
     outputs = ("one-sparsity-sweep", "two-sparsity-sweep", "run/sparsity-sweep")
     assert seen == [
         part for name, place in zip(("one", "two", "run"), outputs) for part in (tmp_path / place, name)

@@ -103,11 +103,12 @@ def run(args: argparse.Namespace, words: str) -> None:
             f"{args.checkpoint}: has no MLP experts to choose from; a sweep needs a DS-MoE or an SMoE"
         )
     model = model.eval().to(default_device())  # type: ignore[arg-type]
-    folder = folder.resolve()
-    name = folder.parent.name if folder.name == "final" else folder.name
+    # "." has no name; results hold no path of a machine, so that it serves for names alone
+    place = folder.resolve()
+    in_run = place.name == "final"
+    name = place.parent.name if in_run else place.name
     if args.output is None:
-        own = folder.parent / "sparsity-sweep"
-        args.output = own if folder.name == "final" else folder.with_name(f"{name}-sparsity-sweep")
+        args.output = place.parent / ("sparsity-sweep" if in_run else f"{name}-sparsity-sweep")
     check_new_file(args.output / "results.json", "--output")
     results = sweep(model, folder, args)
     if tasks:
