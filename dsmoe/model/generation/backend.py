@@ -45,8 +45,12 @@ def probe(device_type: str) -> None:
     if device_type != "cpu":
         raise check.KernelUnavailable(f"it computes on CPU only, the tensors are on {device_type}")
     decoder.load()
-    own = (torch.random.fork_rng(devices=[]), torch.device("cpu"), torch.no_grad())
-    with own[0], own[1], own[2], torch.autocast("cpu", enabled=False):
+    with (
+        torch.random.fork_rng(devices=[]),
+        torch.device("cpu"),
+        torch.no_grad(),
+        torch.autocast("cpu", enabled=False),
+    ):
         for overrides in _MODELS:
             for dtype in decoder.DTYPES:
                 error = _error(overrides, dtype)

@@ -124,9 +124,10 @@ def sample_of_transformers(
     slots = max(stopping_criteria.max_length - 1, input_ids.shape[1])
     try:
         decoder = Decoder(model, slots, input_ids.shape[0], "cpp")
-    except (
-        RuntimeError
-    ):  # torch's for memory that can't be had; transformers' cache grows with what is generated
+    except RuntimeError as error:
+        if "allocate" not in str(error):
+            raise
+        # no memory for it; transformers' own cache grows with what is generated
         tell_once(f"a cache of {slots:,} slots doesn't fit into memory")
         return None
     as_dict = generation_config.return_dict_in_generate
